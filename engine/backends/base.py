@@ -1,0 +1,110 @@
+"""What the engine asks of a backend: one process's part in forward, backward, step, save and load."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.config import Settings
+from engine.model.initial import InitialWeights
+from engine.model.packed import PackedHiggsAudio
+from engine.runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model on the meta device and how to fill it.
+
+    Attributes:
+        model: what is trained: `core` itself, or `core` wrapped in adapters.
+        core: the Higgs model inside.
+        weights: its first values.
+        decayed: names of the parameters with weight decay.
+        shapes: full shape of every parameter.
+    """
+
+    model: nn.Module
+    core: PackedHiggsAudio
+    weights: InitialWeights
+    decayed: set[str]
+    shapes: dict[str, torch.Size]
+
+
+class Backend(ABC):
+    """The model spread over processes, and its optimizer.
+
+    Losses are already divided by the targets of the whole step, so gradients are *summed* over micro-batches and
+    processes. Every process makes the same calls in the same order.
+
+    Attributes:
+        model: the model that `blueprint.model` became.
+        precision: one line for the start-up print.
+    """
+
+    name: str
+    model: nn.Module
+    precision: str
+
+    @abstractmethod
+    def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
+        """Shards, fills and wraps the model. `rounds`: micro-batches of one process in each step."""
+
+    @abstractmethod
+    def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and sums of one micro-batch (PackedHiggsAudio.forward)."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of one micro-batch's loss to those of the step."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> torch.Tensor:
+        """Clips, updates, clears the gradients. Returns the gradient norm before clipping (fp32 scalar)."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full fp32 gradient of every trained parameter, after the last backward and before `step`."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes this process's shards of weights and optimizer into an existing folder."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote, at the same number of processes."""
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def make_adamw(groups: list[dict], settings: Settings, device: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=device.type == "cuda" or None,
+    )
+
+
+def global_norm(gradients: list[torch.Tensor], device: torch.device, group=None) -> torch.Tensor:
+    """Norm over local gradients and, with a group, over the shards of its processes (fp32 scalar).
+
+    Summed in fp64: an fp32 sum over millions of squares is off by 1e-5 and more, which backends would show.
+    """
+    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total.sqrt().float()
+
+
+def clip_(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
+    """Scales gradients so that their norm is at most `limit`, without asking the device for a number."""
+    if limit > 0 and gradients:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,152 @@
+"""`backend: deepspeed`: ZeRO 0 to 3 and offload, through DeepSpeed's own engine.
+
+The JSON file of `ds_config` holds the choices of ZeRO; batch, precision and clipping follow from the settings and
+are filled in here, and a file that says otherwise is refused. What DeepSpeed gets wrong by default is set right:
+gradients are summed, not averaged; clipping is written out (its default is 1.0, not off); gradients accumulate and
+travel in fp32; a load that found nothing is an error.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_grad
+from torch import nn
+
+from engine.backends.base import Backend, Blueprint, clip_, global_norm, make_adamw, set_learning_rate
+from engine.config import Settings
+from engine.errors import CheckpointError, ConfigError
+from engine.model.initial import fill, fill_module, rebuild_buffers
+from engine.model.trainable import optimizer_groups
+from engine.runtime.distributed import World
+
+FOLDER = "deepspeed"
+"""Name of DeepSpeed's folder within a checkpoint."""
+
+
+def complete_config(settings: Settings, rounds: int) -> dict:
+    """The JSON of `ds_config` with everything in it that follows from the settings.
+
+    Raises:
+        ConfigError: the file is not JSON, or contradicts the settings (all of it is listed).
+    """
+    try:
+        given = json.loads(Path(settings.ds_config).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{settings.ds_config}: not valid JSON: {error}.") from None
+    stage = given.get("zero_optimization", {}).get("stage", 0)
+    filled = {
+        "train_micro_batch_size_per_gpu": 1,  # one packed row
+        "gradient_accumulation_steps": rounds,
+        # without ZeRO the engine clips itself, with a norm as exact as ZeRO's
+        "gradient_clipping": settings.max_grad_norm if stage else 0.0,
+        "bf16": {"enabled": bool(settings.bf16)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloaded states too, and needs no compiler
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if settings.bf16:
+        filled |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    problems = [
+        f"{key}: {given[key]!r} contradicts {value!r} of the settings → remove it from the file"
+        for key, value in filled.items()
+        if key in given and given[key] != value
+    ]
+    problems += [f"{key}: the engine sets it itself → remove it" for key in ("optimizer", "scheduler", "fp16") if key in given]
+    if settings.bf16 and stage == 0:
+        problems.append("stage 0 keeps no fp32 master weights in bf16 → use zero1, or bf16: false")
+    if problems:
+        raise ConfigError(f"ds_config {settings.ds_config}:", problems)
+    return given | filled
+
+
+class DeepSpeedBackend(Backend):
+    name = "deepspeed"
+
+    def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
+        self.world, self.max_norm = world, settings.max_grad_norm
+        self.config = complete_config(settings, rounds)
+        self.stage = self.config.get("zero_optimization", {}).get("stage", 0)
+        self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        self.adapters_only = settings.use_lora
+        self.shapes = blueprint.shapes
+        if get_accelerator().device_name() == "cpu":
+            # DeepSpeed would compile a shared-memory all-reduce that only inference uses
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+        self._materialise(blueprint)
+        groups = optimizer_groups(blueprint.model, blueprint.decayed, settings.weight_decay)
+        self.optimizer = make_adamw(groups, settings, world.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=blueprint.model, optimizer=self.optimizer, config=self.config, dist_init_required=False
+        )
+        self.model = self.engine.module
+        compute = "bf16 compute, fp32 master weights and reduction" if settings.bf16 else "fp32"
+        self.precision = f"{compute}; ZeRO stage {self.stage} over {world.size} process(es)"
+
+    def _materialise(self, blueprint: Blueprint) -> None:
+        if self.stage < 3:
+            fill(blueprint.model, blueprint.weights, self.world.device, self.dtype)
+            rebuild_buffers(blueprint.core, self.world.device)
+            return
+        # one decoder layer exists whole at a time; the rest of the model comes last
+        prefixes = {module: name for name, module in blueprint.model.named_modules()}
+        for unit in [*blueprint.core.model.layers, blueprint.model]:
+            for module in unit.modules():
+                if any(p.is_meta for p in module.parameters(recurse=False)):
+                    fill_module(module, prefixes[module], blueprint.weights, self.world.device, self.dtype)
+            deepspeed.zero.Init(module=unit, config_dict_or_path=self.config, dtype=self.dtype)
+        rebuild_buffers(blueprint.core, self.world.device)
+
+    def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.engine(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over processes and, unless told not to, over accumulation rounds; the engine sums
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> torch.Tensor:
+        set_learning_rate(self.optimizer, learning_rate)
+        if self.stage:
+            self.engine.step()
+            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = global_norm(gradients, self.world.device)
+        clip_(gradients, norm, self.max_norm)
+        self.engine.step()
+        return norm
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, safe_get_full_grad(parameter).view(self.shapes[name])
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(
+            str(folder), tag=FOLDER, save_latest=False, exclude_frozen_parameters=self.adapters_only
+        )
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag=FOLDER, load_module_strict=not self.adapters_only)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in {FOLDER}/.")
+
+
+def consolidated(folder: Path) -> dict[str, torch.Tensor]:
+    """fp32 weights of a checkpoint's DeepSpeed folder, from its masters, without the world that wrote it."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    states = sorted((folder / FOLDER).glob("*optim_states.pt"))
+    if states:
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=FOLDER)
+    # stage 0 writes the weights themselves, whole
+    state = torch.load(folder / FOLDER / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return {name: tensor.float() for name, tensor in state["module"].items()}

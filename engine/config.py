@@ -1,0 +1,450 @@
+"""The settings of a training run: one flat namespace, each name with its default, limits and help.
+
+Sources, the later the stronger: the defaults below, a YAML file (`--config FILE`), the command line's flags.
+The same metadata makes `--help`, the checks and the `config.yaml` that repeats a run. Hours on many GPUs hang
+on these values, so nothing is guessed: an unknown name, a wrong type or a contradiction is an error before
+anything is loaded, and all mistakes come in one message, each with its remedy.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import operator
+import os
+import re
+import tempfile
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from engine.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+HUB_IDS = {
+    "model_path": "bosonai/higgs-audio-v2-generation-3B-base",
+    "audio_tokenizer_path": "bosonai/higgs-audio-v2-tokenizer",
+}
+GROUPS = {
+    "Model": "what the run starts from, and how its forward and backward run",
+    "Data": "what is trained on, and how recordings become codes",
+    "Batches": "a micro-batch is one packed row of whole samples, closed by whichever limit is given",
+    "Optimisation": "AdamW and its schedule, counted in optimizer steps",
+    "Trained parameters": "everything, chosen parts, or LoRA adapters",
+    "Backend": "how the model is spread over processes",
+    "Run": "where the run writes, and how often",
+}
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+METAVARS = {bool: "[BOOL]", int: "N", float: "X", str: "TEXT", list[str]: "A ...", list[float]: "X ..."}
+
+
+def setting(group: str, default: Any, help: str, *, choices: tuple[str, ...] = (), path: str = "",
+            required: bool = False, **limits: float) -> Any:
+    """A field of `Settings`; a `path` (FILE or FOLDER) is made absolute, `limits` are as in `LIMITS`."""
+    rule = " and ".join(f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items())
+    metadata = dict(group=group, default=default, help=help, choices=choices, path=path, required=required,
+                    limits=limits, rule=rule)
+    initial = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(metadata=metadata, **initial)
+
+
+_model, _data, _batch, _optim, _trained, _backend, _run = (partial(setting, group) for group in GROUPS)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    """One training run. Paths are absolute from the start, so it means the same in any directory."""
+
+    model_path: str | None = _model(
+        None, "Higgs Audio v2, in either checkpoint format", path="FOLDER", required=True)
+    audio_tokenizer_path: str | None = _model(None, "its audio codec", path="FOLDER", required=True)
+    attention: str = _model(
+        "auto", "kernel for packed rows: flash (flash-attn package), varlen (torch's own), flex (compiled "
+        "block mask), sdpa (runs anywhere); auto: the fastest that works here",
+        choices=("auto", "flash", "varlen", "flex", "sdpa"))
+    bf16: bool | None = _model(
+        None, "bf16 compute, fp32 master weights; false: fp32 throughout; none: true on GPU, false on CPU")
+    gradient_checkpointing: bool = _model(
+        True, "recompute each layer in the backward: far less memory, about a third more compute")
+
+    train_data_file: str | None = _data(None, "samples to train on", path="FILE", required=True)
+    eval_data_file: str | None = _data(None, "samples to evaluate on; none: no evaluation", path="FILE")
+    prompt_layout: str = _data(
+        "auto", "turns of a sample: as_written keeps them; voice_cloning makes reference and target the two "
+        "turns that inference uses; auto: voice_cloning for a sample of that shape, else as_written",
+        choices=("auto", "as_written", "voice_cloning"))
+    system_prompt: str = _data(
+        "Generate audio following instruction.", "first words of the voice_cloning system turn")
+    scene: str | None = _data(
+        "Audio is recorded from a quiet room.", "scene description of that turn; none: without one")
+    train_reference: bool = _data(False, "also train the reference turn of voice_cloning")
+    codes_cache_dir: str | None = _data(
+        None, "encoded recordings; none: higgs-engine/codes in $XDG_CACHE_HOME or ~/.cache", path="FOLDER")
+    codec_batch_seconds: float = _data(120.0, "seconds of audio that the codec encodes at once", above=0)
+    drop_long_samples: bool = _data(
+        False, "leave out, count and name samples longer than a micro-batch; false: they are an error")
+    dataloader_num_workers: int = _data(2, "batch-making workers of each process; 0: none", at_least=0)
+
+    max_tokens_per_micro_batch: int | None = _batch(
+        None, "tokens of a micro-batch, text and audio; none: no limit, or 8192 without the next", at_least=1)
+    per_device_train_batch_size: int | None = _batch(
+        None, "samples of a micro-batch; none: no limit", at_least=1)
+    micro_batches_per_step: int | None = _batch(
+        None, "micro-batches of an optimizer step over all processes together, so that steps are the same on "
+        "any number of GPUs; none: gradient accumulation times processes", at_least=1)
+    gradient_accumulation_steps: int | None = _batch(
+        None, "micro-batches of a step in each process; none: 1, or as the setting before says", at_least=1)
+
+    learning_rate: float = _optim(5e-5, "peak learning rate", above=0)
+    lr_scheduler_type: str = _optim(
+        "linear", "after the warmup: to zero in a line or a cosine, or constant",
+        choices=("linear", "cosine", "constant"))
+    warmup_steps: int = _optim(100, "steps in which the rate rises from zero", at_least=0)
+    num_train_epochs: int = _optim(3, "passes over the training data", at_least=1)
+    max_steps: int | None = _optim(None, "steps of the whole run; none: as the epochs say", at_least=1)
+    weight_decay: float = _optim(0.0, "decoupled, of matrices only: not of norms and biases", at_least=0)
+    adam_beta1: float = _optim(0.9, "decay of the gradient's mean", at_least=0, below=1)
+    adam_beta2: float = _optim(0.95, "decay of the gradient's square", at_least=0, below=1)
+    adam_epsilon: float = _optim(1e-8, "added to the update's denominator", above=0)
+    max_grad_norm: float = _optim(1.0, "norm to which gradients are clipped; 0: never", at_least=0)
+    text_loss_weight: float = _optim(1.0, "weight of the text head's loss", at_least=0)
+    audio_loss_weight: float = _optim(1.0, "weight of the audio loss, a mean over codebooks", at_least=0)
+    codebook_weights: list[float] | None = _optim(
+        None, "weight of each codebook in that mean, the first one first; none: all equal", at_least=0)
+
+    use_lora: bool = _trained(False, "train LoRA adapters; false: train the parameters themselves")
+    lora_rank: int = _trained(16, "rank of the adapters", at_least=1)
+    lora_alpha: float = _trained(32.0, "adapters are scaled by alpha / rank", above=0)
+    lora_dropout: float = _trained(0.1, "share of an adapter's inputs dropped", at_least=0, below=1)
+    lora_target_modules: list[str] = _trained(LINEAR_LAYERS, "layers with adapters: attention and both FFNs")
+    lora_modules_to_save: list[str] = _trained([], "trained in full beside the adapters, as audio_lm_head")
+    train_modules: list[str] = _trained(
+        [], "without LoRA: globs of parameter names to train, such as '*audio_mlp*'; none: everything")
+    freeze_llm: bool = _trained(False, "without LoRA: keep the text backbone as it is")
+    freeze_audio_tower: bool = _trained(False, "keep the audio encoder as it is")
+    freeze_audio_encoder_proj: bool = _trained(False, "keep the audio encoder's projection as it is")
+
+    backend: str = _backend(
+        "deepspeed", "deepspeed (ZeRO), fsdp (torch's fully_shard) or none (plain torch, one process)",
+        choices=("deepspeed", "fsdp", "none"))
+    ds_config: str = _backend("zero2", "DeepSpeed settings: a JSON file, or the name of one in ds_configs/")
+    fsdp_reshard_after_forward: bool = _backend(
+        True, "free a layer's weights after its forward: less memory, one more gather in the backward")
+    fsdp_replicas: int = _backend(
+        1, "copies of the model, each sharded over processes / copies (hybrid sharding)", at_least=1)
+    collective_timeout_minutes: float = _backend(
+        30.0, "minutes after which a process that waits for the others gives up", above=0)
+
+    output_dir: str = _run("./output", "everything is written here", path="FOLDER")
+    seed: int = _run(42, "of the data order, dropout and new parameters", at_least=0, below=2**32)
+    save_steps: int = _run(500, "steps between checkpoints", at_least=1)
+    save_total_limit: int | None = _run(3, "newest checkpoints to keep; none: all", at_least=1)
+    resume: str = _run(
+        "none", "none: start afresh; auto: from the newest complete checkpoint of the output folder, if any; "
+        "or the folder of a checkpoint")
+    eval_steps: int = _run(500, "steps between evaluations", at_least=1)
+    logging_steps: int = _run(10, "steps between lines of the log", at_least=1)
+
+    def __post_init__(self) -> None:
+        if not self.codes_cache_dir:
+            self.codes_cache_dir = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/higgs-engine/codes"
+        for name, field in FIELDS.items():
+            if field.metadata["path"] or name == "resume" and self.resume not in ("none", "auto", ""):
+                path = getattr(self, name)
+                setattr(self, name, os.path.abspath(os.path.expanduser(path)) if path else None)
+        self.ds_config = _find_ds_config(self.ds_config) or self.ds_config
+
+    def check(self, found: Iterable[str] = (), excused: Collection[str] = ()) -> None:
+        """Raise one ConfigError with the problems `found` in reading and those of values and paths.
+
+        The `excused` settings are not called missing, since `found` already says why they are.
+        """
+        _fail_on([*found, *self._value_problems(), *self._path_problems(excused)])
+
+    def _value_problems(self) -> Iterator[str]:
+        for name, field in FIELDS.items():
+            value, choices, limits = getattr(self, name), field.metadata["choices"], field.metadata["limits"]
+            if choices and value not in choices:
+                yield f"{name}: {value!r} is not a choice → one of {', '.join(choices)}"
+            numbers = [] if value is None else value if isinstance(value, list) else [value]
+            if not all(LIMITS[word](number, limit) for number in numbers for word, limit in limits.items()):
+                rule = field.metadata["rule"] + ", or null" * (name in OPTIONAL)
+                yield f"{name}: {value} is out of range → {rule}"
+        if self.codebook_weights is not None and not any(self.codebook_weights):
+            yield "codebook_weights: no codebook has weight → one above 0, or null for equal weights"
+        if self.text_loss_weight == self.audio_loss_weight == 0:
+            yield "text_loss_weight, audio_loss_weight: both are 0, so there is no loss → set one above 0"
+        if self.train_reference and self.prompt_layout == "as_written":
+            yield "train_reference: as_written has no reference → set prompt_layout to voice_cloning or auto"
+        if self.use_lora:
+            for name in ("train_modules", "freeze_llm"):
+                if getattr(self, name):
+                    yield f"{name}: LoRA trains adapters only → remove {name}, or use_lora for full training"
+            if not self.lora_target_modules:
+                yield f"lora_target_modules: no layer has adapters → some of {' '.join(LINEAR_LAYERS)}"
+        elif self.lora_modules_to_save:
+            yield "lora_modules_to_save: has no meaning without LoRA → add use_lora, or name train_modules"
+        if self.fsdp_replicas != 1 and self.backend != "fsdp":
+            yield f"fsdp_replicas: has no meaning for backend {self.backend} → set backend to fsdp"
+
+    def _path_problems(self, excused: Collection[str]) -> Iterator[str]:
+        for name, field in FIELDS.items():
+            value, kind, about = getattr(self, name), field.metadata["path"], field.metadata["help"]
+            if value is None:
+                if kind and (field.metadata["required"] or name not in OPTIONAL) and name not in excused:
+                    yield f"{name}: missing → give --{name} {kind}: {about}"
+            elif kind == "FILE" and not os.path.isfile(value):
+                what = "is not a file" if os.path.exists(value) else "does not exist"
+                yield f"{name}: {value} {what} → give a file of samples"
+            elif name in HUB_IDS and not os.path.isdir(value):
+                asked = os.path.relpath(value)
+                wanted = asked if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", asked) else HUB_IDS[name]
+                yield (f"{name}: {value} is not a folder, and the engine reaches no model hub → download it "
+                       f"first with `huggingface-cli download {wanted} --local-dir FOLDER` and give that folder")
+        if self.resume not in ("none", "auto") and not os.path.isdir(self.resume):
+            yield f"resume: {self.resume} is not a folder → give a checkpoint's folder, auto or none"
+        if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):
+            names = ", ".join(sorted(file.stem for file in REPOSITORY.glob("ds_configs/*.json")))
+            yield f"ds_config: there is no {self.ds_config!r} → a JSON file, or one of: {names}"
+
+    def with_resolved(self, world_size: int, has_gpu: bool) -> "Settings":
+        """These settings with each automatic value decided for `world_size` processes.
+
+        The step is fixed as micro-batches over all processes: any world size then repeats the same steps.
+        """
+        total, each = self.micro_batches_per_step, self.gradient_accumulation_steps
+        product = (each or 1) * world_size
+        problems = []
+        if total and each and total != product:
+            problems.append(
+                f"micro_batches_per_step: {total} is not gradient_accumulation_steps × processes = {each} × "
+                f"{world_size} → give only one of them, or --micro_batches_per_step {product}")
+        elif total and total < world_size:
+            problems.append(f"micro_batches_per_step: {total} leaves some of {world_size} processes idle → "
+                            f"set at least {world_size}, or start at most {total}")
+        if self.backend == "none" and world_size > 1:
+            problems.append(f"backend: none is one process, not {world_size} → set it to deepspeed or fsdp")
+        if world_size % self.fsdp_replicas:
+            problems.append(f"fsdp_replicas: {world_size} processes cannot hold {self.fsdp_replicas} equal "
+                            f"copies → a divisor of {world_size}")
+        _fail_on(problems, f"the settings cannot be used with world size {world_size}")
+        unlimited = self.max_tokens_per_micro_batch is None and self.per_device_train_batch_size is None
+        return dataclasses.replace(
+            self,
+            bf16=has_gpu if self.bf16 is None else self.bf16,
+            max_tokens_per_micro_batch=8192 if unlimited else self.max_tokens_per_micro_batch,
+            micro_batches_per_step=total or product,
+            gradient_accumulation_steps=None,
+        )
+
+    def to_yaml(self, path: str | os.PathLike) -> None:
+        """Write every setting such that `--config path` alone repeats the run; whole or not at all."""
+        blocks = ["# Every setting of a run: give this file as --config to repeat it.\n"]
+        for group, group_fields in groupby(FIELDS.values(), key=lambda field: field.metadata["group"]):
+            values = {field.name: getattr(self, field.name) for field in group_fields}
+            text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=math.inf)
+            blocks.append(f"# {group}: {GROUPS[group]}\n{text}")
+        draft = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        draft.write_text("\n".join(blocks), encoding="utf-8")
+        os.replace(draft, path)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike) -> "Settings":
+        """The settings of a finished run; its model and data may be elsewhere by now: no path is checked."""
+        reading = _Reading()
+        reading.read_yaml(os.fspath(path))
+        settings = cls(**reading.values)
+        _fail_on([*reading.problems, *settings._value_problems()])
+        return settings
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+HINTS = get_type_hints(Settings)
+OPTIONAL = {name for name, hint in HINTS.items() if NoneType in get_args(hint)}
+KINDS = {name: get_args(hint)[0] if name in OPTIONAL else hint for name, hint in HINTS.items()}
+
+
+def parse(argv: list[str], prog: str = "higgs-engine train") -> Settings:
+    """Checked settings from `argv` (without the program's name); `--help` prints every setting and exits."""
+    if "-h" in argv or "--help" in argv:
+        print(help_text(prog), end="")
+        raise SystemExit(0)
+    reading = _Reading()
+    flags = reading.split_flags(argv)
+    configs = [path for name, path in flags if name == "config"]
+    for path in configs[:1]:
+        reading.read_yaml(path)
+    if len(configs) > 1:
+        reading.problems.append(f"--config is given {len(configs)} times → keep one; flags override it")
+    for name, value in flags:
+        if name != "config":
+            reading.take(name, value, "command line")
+    settings = Settings(**reading.values)
+    settings.check(reading.problems, reading.failed)
+    return settings
+
+
+def prepare_output_dir(settings: Settings) -> None:
+    """Create `output_dir` if absent and prove that files can be written there."""
+    try:
+        os.makedirs(settings.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.output_dir):
+            pass
+    except OSError as error:
+        problem = f"output_dir: {settings.output_dir}: {error.strerror} → give a writable folder"
+        raise ConfigError("the output folder cannot be used", [problem]) from error
+
+
+def help_text(prog: str) -> str:
+    """`--help`: every setting once, under its group, with its unit, limits and default."""
+    parser = argparse.ArgumentParser(
+        prog=prog, usage="%(prog)s [--config FILE] [--setting VALUE ...]",
+        description="A setting is a flag here and a key of the YAML file; the flag is stronger. A list takes "
+        "values with spaces or commas between them. A true/false setting alone means true, and --no-NAME is "
+        "false. The word none clears a setting that may be empty.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of 'name: value' lines")
+    groups = {group: parser.add_argument_group(group, text) for group, text in GROUPS.items()}
+    for name, field in FIELDS.items():
+        about = field.metadata
+        metavar = about["path"] or METAVARS[KINDS[name]]
+        if about["choices"]:
+            metavar = f"{{{','.join(about['choices'])}}}"
+        notes = [about["rule"], "required" if about["required"] else f"default: {_shown(about['default'])}"]
+        text = f"{about['help']} ({'; '.join(filter(None, notes))})".replace("%", "%%")
+        groups[about["group"]].add_argument(f"--{name}", metavar=metavar, help=text)
+    return parser.format_help()
+
+
+class _Reading:
+    """What the sources say: `values`, the `problems` met, and the settings that `failed` to be read."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.failed: set[str] = set()
+
+    def take(self, name: str, value: Any, source: str) -> None:
+        if name in FIELDS:
+            try:
+                self.values[name] = _convert(name, value)
+            except ValueError as error:
+                self.problems.append(f"{source}: {name}: {error}")
+                self.failed.add(name)
+            return
+        close = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.7)
+        remedy = f"did you mean {' or '.join(close)}?" if close else "--help lists every setting"
+        if isinstance(value, dict):
+            remedy = "the settings have no sections: write what it holds at the top level"
+        where = "on the command line" if source == "command line" else f"in {source}"
+        self.problems.append(f"unknown setting {name!r} {where} → {remedy}")
+
+    def read_yaml(self, path: str) -> None:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+            node, tree = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+            if tree is not None and not isinstance(tree, dict):
+                raise ValueError("holds no settings")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            what = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else error
+            what = getattr(error, "strerror", None) or what
+            self.problems.append(f"{path}: {what} → give a YAML file of 'name: value' lines")
+            self.failed.update(FIELDS)
+            return
+        lines: dict[str, int] = {}
+        for key, _ in node.value if tree else ():
+            line = key.start_mark.line + 1
+            if lines.setdefault(key.value, line) != line:
+                first = lines[key.value]
+                self.problems.append(f"{path}: line {line}: {key.value} is also on line {first} → keep one")
+        for name, value in (tree or {}).items():
+            self.take(str(name), value, path)
+
+    def split_flags(self, argv: Iterable[str]) -> list[tuple[str, str]]:
+        """The (name, value) pairs of a command line, `config` among them, in its order."""
+        flags, tokens, kinds = [], deque(argv), {**KINDS, "config": str, "local_rank": int}
+        while tokens:
+            token = tokens.popleft()
+            flag, equals, text = token.removeprefix("--").partition("=")
+            name = flag.replace("-", "_")
+            if not token.startswith("--"):
+                self.problems.append(f"{token!r} follows no flag → write --NAME VALUE, spaces in quotes")
+                continue
+            if name.startswith("no_") and kinds.get(name[3:]) is bool and not equals:
+                flags.append((name[3:], "false"))
+                continue
+            # An unknown flag takes all that follows, like a list, so that one mistake is not told twice.
+            kind, values = kinds.get(name, list[str]), [text] if equals else []
+            most = 0 if equals else len(tokens) if get_origin(kind) is list else 1
+            while tokens and len(values) < most and not tokens[0].startswith("--"):
+                values.append(tokens.popleft())
+            if not values and kind is not bool and name in kinds:
+                self.problems.append(f"command line: {name}: no value follows → write --{name} VALUE")
+                self.failed.add(name)
+            elif name != "local_rank":  # added by launchers; the rank itself comes from the environment
+                flags.append((name, ",".join(values or ["true"])))
+        return flags
+
+
+def _convert(name: str, value: Any) -> Any:
+    """`value`, from YAML or as text, in the type of setting `name`; a ValueError says what → remedy."""
+    kind, default = KINDS[name], FIELDS[name].metadata["default"]
+    cleared = value is None or isinstance(value, str) and value.lower() in ("null", "none")
+    if cleared and (name in OPTIONAL or get_origin(kind) is list):
+        return None if name in OPTIONAL else []
+    if get_origin(kind) is not list:
+        return _scalar(value, kind, "" if default is None else f", such as {_shown(default)}")
+    if isinstance(value, str):
+        value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        value = [part.strip(" '\"") for part in value.split(",") if part.strip()]
+    return [_scalar(item, get_args(kind)[0], "") for item in (value if isinstance(value, list) else [value])]
+
+
+def _scalar(value: Any, kind: type, example: str) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{_shown(value)} is not text → put it in quotes{example}")
+        return value
+    if kind is bool:
+        if str(value).lower() not in TRUTH:
+            raise ValueError(f"{value!r} is neither true nor false → write true or false")
+        return TRUTH[str(value).lower()]
+    try:
+        number = value
+        if isinstance(value, str):  # also from YAML, which takes 1e-4 for text
+            number = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+        if isinstance(number, bool) or not math.isfinite(number) or kind(number) != number:
+            raise ValueError
+        return kind(number)
+    except (ValueError, TypeError, OverflowError):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{value!r} is not {what} → give {what}{example}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as a user would write it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _find_ds_config(name: str) -> str | None:
+    """The file meant by a path or a bare name: from the current directory, else from the repository."""
+    for folder in (Path.cwd(), REPOSITORY, REPOSITORY / "ds_configs"):
+        for path in (folder / os.path.expanduser(name), folder / f"{os.path.expanduser(name)}.json"):
+            if path.is_file():
+                return os.path.abspath(path)
+    return None
+
+
+def _fail_on(problems: list[str], heading: str = "the settings cannot be used") -> None:
+    if problems:
+        raise ConfigError(heading, problems)

@@ -1,0 +1,120 @@
+"""The plan of packed batches: which samples make which micro-batch of which optimizer step.
+
+A pure function of sample lengths, seed, epoch and batch settings, never of the number of processes: one GPU and
+sixty-four see the same steps, and resuming is a jump to a step number. Every sample comes exactly once an epoch.
+
+A micro-batch is one packed row. It closes when `max_tokens` or `max_samples` is reached, whichever is given.
+Samples are shuffled, then each goes into the fullest of a few open rows that still has room (best fit), so that
+rows are nearly full while any sample can meet any other.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from engine.errors import ConfigError
+
+OPEN_ROWS = 64
+"""Rows filled side by side: more rows waste fewer tokens, fewer rows mix more freely."""
+
+MicroBatch = tuple[int, ...]
+"""Indices of the samples of one packed row."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its number over the whole run, its epoch, and its micro-batches over all processes."""
+
+    number: int
+    epoch: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    def share(self, rank: int, world_size: int) -> list[MicroBatch]:
+        """Micro-batches of one process, the same number on each; an empty one stands where there is none."""
+        rounds = -(-len(self.micro_batches) // world_size)
+        mine = [i * world_size + rank for i in range(rounds)]
+        return [self.micro_batches[i] if i < len(self.micro_batches) else () for i in mine]
+
+
+class BatchPlan:
+    """All steps of a run.
+
+    Args:
+        lengths: tokens of each sample.
+        max_tokens: token budget of a micro-batch, or None.
+        max_samples: samples of a micro-batch, or None; at least one of the two is given.
+        micro_batches_per_step: micro-batches of one optimizer step over all processes.
+        epochs: passes over the data; `max_steps`, if given, ends the run instead.
+
+    Raises:
+        ConfigError: some samples are longer than the budget.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        max_tokens: int | None,
+        max_samples: int | None,
+        micro_batches_per_step: int,
+        epochs: int,
+        max_steps: int | None = None,
+        seed: int = 0,
+    ):
+        self.lengths = np.asarray(lengths, np.int64)
+        self.max_tokens, self.max_samples = max_tokens, max_samples
+        self.micro_batches_per_step = micro_batches_per_step
+        self.epochs, self.max_steps, self.seed = epochs, max_steps, seed
+        too_long = np.flatnonzero(self.lengths > (max_tokens or np.inf))
+        if len(too_long):
+            raise ConfigError(
+                f"{len(too_long)} sample(s) are longer than max_tokens_per_micro_batch = {max_tokens}:",
+                [f"sample {i}: {self.lengths[i]} tokens" for i in too_long],
+            )
+
+    @lru_cache(maxsize=2)  # noqa: B019  (a run holds one plan; the current and the next epoch are enough)
+    def epoch(self, epoch: int) -> list[tuple[MicroBatch, ...]]:
+        """The steps of one epoch, each a tuple of micro-batches; the last step may be shorter."""
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = self._rows(rng.permutation(len(self.lengths)).tolist())
+        rows = [rows[i] for i in rng.permutation(len(rows))]
+        size = self.micro_batches_per_step
+        return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def _rows(self, order: list[int]) -> list[MicroBatch]:
+        if self.max_tokens is None:
+            return [tuple(order[i : i + self.max_samples]) for i in range(0, len(order), self.max_samples)]
+        lengths, limit = self.lengths.tolist(), self.max_samples or len(order)
+        done: list[MicroBatch] = []
+        free: list[tuple[int, int]] = []  # (tokens left, key) of the open rows, fullest first
+        rows: dict[int, list[int]] = {}
+        for key, sample in enumerate(order):
+            at = bisect_left(free, (lengths[sample], -1))
+            left, row = free.pop(at) if at < len(free) else (self.max_tokens, key)
+            rows.setdefault(row, []).append(sample)
+            left -= lengths[sample]
+            if left == 0 or len(rows[row]) == limit:
+                done.append(tuple(rows.pop(row)))
+                continue
+            insort(free, (left, row))
+            if len(free) > OPEN_ROWS:
+                done.append(tuple(rows.pop(free.pop(0)[1])))
+        return done + [tuple(row) for row in rows.values()]
+
+    @property
+    def total_steps(self) -> int:
+        if self.max_steps is not None:
+            return self.max_steps
+        return sum(len(self.epoch(e)) for e in range(self.epochs))
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """Steps from number `start` (counted from 0) to the end of the run."""
+        first, epoch, total = 0, 0, self.total_steps
+        while first < total:
+            steps = self.epoch(epoch)
+            for i in range(max(0, start - first), min(len(steps), total - first)):
+                yield Step(first + i, epoch, steps[i])
+            first, epoch = first + len(steps), epoch + 1

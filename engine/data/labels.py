@@ -1,0 +1,109 @@
+"""Audio streams, the delay pattern, labels, and the merge of text tokens with audio frames.
+
+Equal to the original collator (boson_multimodal/data_collator/higgs_audio_collator.py) element by element; the
+golden fixtures prove it. For a clip of T frames and C codebooks::
+
+    stream [T + C + 1, C]:  codebook k holds BOS for columns 0..k, its T codes, then EOS to the end
+    labels [T + C + 1, C]:  the same, but BOS and all EOS except the first of each codebook are ignored
+
+Each codebook thus learns to stop by itself, one step after the codebook before it; nothing else ends generation.
+Labels are not shifted: the label at a position is the token of that position (the model predicts it one earlier).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.data.prompts import IGNORED, Prompt, SpecialTokens
+
+
+@dataclass(frozen=True)
+class StreamIds:
+    """Shape of an audio stream (config.num_codebooks, audio_stream_bos_id, audio_stream_eos_id)."""
+
+    codebooks: int = 8
+    bos: int = 1024
+    eos: int = 1025
+
+
+def delayed_stream(codes: np.ndarray, stream: StreamIds) -> np.ndarray:
+    """Codes [C, T] as the model reads them: int16 [T + C + 1, C]."""
+    return _delay(codes, left=stream.bos, eos=stream.eos, right=stream.eos)
+
+
+def delayed_labels(codes: np.ndarray, stream: StreamIds) -> np.ndarray:
+    """Targets of a trained clip, codes [C, T]: int16 [T + C + 1, C] with C * (T + 1) labelled entries."""
+    return _delay(codes, left=IGNORED, eos=stream.eos, right=IGNORED)
+
+
+def _delay(codes: np.ndarray, left: int, eos: int, right: int) -> np.ndarray:
+    codebooks, frames = codes.shape
+    columns = np.arange(frames + codebooks + 1)[:, None]
+    position = columns - 1 - np.arange(codebooks)[None, :]  # index of the code that codebook k holds in a column
+    inside = (position >= 0) & (position < frames)
+    out = np.where(position < 0, left, right).astype(np.int16)
+    out[position == frames] = eos
+    column, codebook = np.nonzero(inside)
+    out[column, codebook] = codes[codebook, position[inside]]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation as the model is trained on it; L positions, A of them audio frames.
+
+    Attributes:
+        input_ids: int32 [L]; every audio position carries the audio token id.
+        labels: int32 [L]; text targets, not shifted, IGNORED elsewhere.
+        audio_ids: int16 [A, C]; delayed streams of all clips, in position order.
+        audio_labels: int16 [A, C]; audio targets, not shifted.
+        row: row of the data file.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    audio_ids: np.ndarray
+    audio_labels: np.ndarray
+    row: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def text_targets(self) -> int:
+        return int((self.labels[1:] != IGNORED).sum())
+
+    @property
+    def audio_targets(self) -> np.ndarray:
+        """Targets of each codebook, int64 [C]."""
+        return (self.audio_labels != IGNORED).sum(0)
+
+
+def merge(prompt: Prompt, codes: list[np.ndarray], special: SpecialTokens, stream: StreamIds, row: int = 0) -> Sample:
+    """Replaces each placeholder by the frames of its clip.
+
+    Args:
+        codes: for each clip of the prompt, codec codes [C, T].
+
+    Raises:
+        ValueError: the number of clips and placeholders differ.
+    """
+    ids, labels = prompt.input_ids, prompt.labels
+    placeholder = (ids == special.audio_in) | (ids == special.audio_out)
+    if placeholder.sum() != len(codes):
+        raise ValueError(f"{placeholder.sum()} audio placeholders, but codes of {len(codes)} clips")
+    streams = [delayed_stream(c, stream) for c in codes]
+    targets = [
+        delayed_labels(c, stream) if trained else np.full_like(s, IGNORED)
+        for c, s, trained in zip(codes, streams, prompt.trained, strict=True)
+    ]
+    repeats = np.ones(len(ids), np.int64)
+    repeats[placeholder] = [len(s) for s in streams]
+    empty = np.zeros((0, stream.codebooks), np.int16)
+    return Sample(
+        input_ids=np.repeat(np.where(placeholder, special.audio_out, ids), repeats).astype(np.int32),
+        labels=np.repeat(np.where(placeholder, IGNORED, labels), repeats).astype(np.int32),
+        audio_ids=np.concatenate([empty, *streams]),
+        audio_labels=np.concatenate([empty, *targets]),
+        row=row,
+    )

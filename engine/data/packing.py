@@ -1,0 +1,116 @@
+"""Packs samples into one row without padding, and computes every index the model needs, once, on the host.
+
+The model keeps its hidden states in *modality order*: all text positions of the row first, then all audio
+positions, so that each FFN, each norm and each embedding is one dense operation on a contiguous slice and no layer
+has to look at a mask. Only attention works in *sequence order*; `to_sequence` and `to_modality` lead there and back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from engine.data.labels import Sample
+from engine.data.prompts import IGNORED
+
+
+@dataclass
+class PackedBatch:
+    """One packed row of T = text + audio positions. Rows below are in modality order.
+
+    Attributes:
+        text_ids: int64 [text].
+        audio_ids: int64 [audio, C]; delayed codes.
+        position_ids: int64 [T]; restart at each sample.
+        to_sequence: int64 [T]; row that stands at each place of the sequence.
+        to_modality: int64 [T]; the inverse: place in the sequence of each row.
+        sample_lengths: tokens of each sample, in sequence order (host).
+        sample_ends: int32 [samples + 1]; cumulated lengths from 0.
+        text_target_rows: int64 [text targets]; rows whose next token has a text label.
+        text_targets: int64 [text targets].
+        audio_target_rows: int64 [audio targets]; rows whose next frame has a label in some codebook.
+        audio_targets: int64 [audio targets, C], IGNORED where a codebook has none.
+    """
+
+    text_ids: torch.Tensor
+    audio_ids: torch.Tensor
+    position_ids: torch.Tensor
+    to_sequence: torch.Tensor
+    to_modality: torch.Tensor
+    sample_lengths: tuple[int, ...]
+    sample_ends: torch.Tensor
+    text_target_rows: torch.Tensor
+    text_targets: torch.Tensor
+    audio_target_rows: torch.Tensor
+    audio_targets: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.position_ids)
+
+    @property
+    def longest(self) -> int:
+        return max(self.sample_lengths)
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedBatch":
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> "PackedBatch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedBatch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+def empty_sample(codebooks: int) -> Sample:
+    """One untrained text position: what a process runs when the step has no micro-batch left for it."""
+    nothing = np.zeros((0, codebooks), np.int16)
+    return Sample(np.zeros(1, np.int32), np.full(1, IGNORED, np.int32), nothing, nothing)
+
+
+def pack(samples: Sequence[Sample], audio_token_id: int) -> PackedBatch:
+    """Packs samples end to end.
+
+    Args:
+        audio_token_id: the id that audio positions carry in `input_ids`.
+    """
+    lengths = np.array([len(s) for s in samples])
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([s.input_ids for s in samples])
+    position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    is_audio = ids == audio_token_id
+    to_modality = np.argsort(is_audio, kind="stable")  # text places first, each kind in sequence order
+    to_sequence = np.empty_like(to_modality)
+    to_sequence[to_modality] = np.arange(len(ids))
+
+    next_text = _next([s.labels for s in samples])
+    text_places = np.flatnonzero(next_text != IGNORED)
+    audio_labels = np.full((len(ids), samples[0].audio_labels.shape[1]), IGNORED, np.int16)
+    audio_labels[is_audio] = np.concatenate([s.audio_labels for s in samples])
+    next_audio = _next(np.split(audio_labels, starts[1:-1]))
+    audio_places = np.flatnonzero((next_audio != IGNORED).any(1))
+
+    def tensor(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+
+    return PackedBatch(
+        text_ids=tensor(ids[~is_audio]),
+        audio_ids=tensor(np.concatenate([s.audio_ids for s in samples])),
+        position_ids=tensor(position[to_modality]),
+        to_sequence=tensor(to_sequence),
+        to_modality=tensor(to_modality),
+        sample_lengths=tuple(lengths.tolist()),
+        sample_ends=tensor(starts, torch.int32),
+        text_target_rows=tensor(to_sequence[text_places]),
+        text_targets=tensor(next_text[text_places]),
+        audio_target_rows=tensor(to_sequence[audio_places]),
+        audio_targets=tensor(next_audio[audio_places]),
+    )
+
+
+def _next(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Label of the following position within each sample; the last position predicts nothing."""
+    shifted = [np.concatenate([part[1:], np.full_like(part[:1], IGNORED)]) for part in labels]
+    return np.concatenate(shifted)

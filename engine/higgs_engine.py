@@ -1,0 +1,117 @@
+"""HiggsEngine: the Higgs model wrapped in a backend. One optimizer step, evaluation, save and load.
+
+    engine = HiggsEngine(settings, world, WeightFiles(settings.model_path), rounds=2)
+    result = engine.train_step(batches, targets, learning_rate=1e-5)
+
+Order of construction: meta model -> adapters or freezing -> packed forward -> sharding -> weights -> optimizer.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.backends import Blueprint, backend_class
+from engine.config import Settings
+from engine.data.packing import PackedBatch
+from engine.model import attention
+from engine.model.initial import InitialWeights, build_on_meta
+from engine.model.packed import install
+from engine.model.trainable import choose_trainable, decayed, describe
+from engine.model.weights import WeightFiles
+from engine.runtime.distributed import World
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Labelled targets of a whole step, over all processes and micro-batches (known from the plan, no reduction)."""
+
+    text: int
+    codebooks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Left on the device; reading a number from it waits for the step.
+
+    Attributes:
+        sums: fp32 [1 + C]; this process's sums of cross-entropies: text, then each codebook.
+        grad_norm: fp32 scalar, before clipping, of the whole model.
+    """
+
+    sums: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+class HiggsEngine:
+    """A Higgs model in training.
+
+    Args:
+        settings: resolved settings (Settings.with_resolved).
+        world: this process's place among the processes.
+        files: the base model.
+        rounds: micro-batches of one process in each optimizer step.
+
+    Raises:
+        ConfigError, ModelError: the settings cannot be used with this model; the weights do not fit.
+    """
+
+    def __init__(self, settings: Settings, world: World, files: WeightFiles, rounds: int):
+        self.settings, self.world, self.config = settings, world, files.config
+        dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        self.attention = attention.choose(settings.attention, world.device, dtype)
+        core = build_on_meta(files.config)
+        weights = InitialWeights(files, settings.seed)
+        model = choose_trainable(core, settings)
+        weights.check(model)
+        install(core, self.attention, settings.gradient_checkpointing)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.summary = describe(model, settings)
+        blueprint = Blueprint(model, core, weights, decayed(model), shapes)
+        self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)
+
+    def train_step(self, batches: Iterable[PackedBatch], targets: Targets, learning_rate: float) -> StepResult:
+        """One optimizer step over this process's micro-batches."""
+        sums = self.accumulate(batches, targets)
+        return StepResult(sums, self.backend.step(learning_rate))
+
+    def accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> torch.Tensor:
+        """Forward and backward of all micro-batches of a step; returns this process's sums (fp32 [1 + C])."""
+        weights = self._weights(targets)
+        total = torch.zeros(1 + self.config.num_codebooks, device=self.world.device)
+        for batch in batches:
+            loss, sums = self.backend.forward(batch.to(self.world.device), *weights)
+            self.backend.backward(loss)
+            total += sums
+        return total
+
+    def _weights(self, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one text target and one target of each codebook count in the loss of a step."""
+        settings, codebooks = self.settings, self.config.num_codebooks
+        shares = torch.tensor(settings.codebook_weights or [1.0] * codebooks)
+        shares = settings.audio_loss_weight * shares / shares.sum()
+        text = torch.tensor([settings.text_loss_weight / max(targets.text, 1)])
+        audio = shares / torch.tensor(targets.codebooks).clamp(min=1)
+        return text.to(self.world.device, non_blocking=True), audio.to(self.world.device, non_blocking=True)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[PackedBatch]) -> torch.Tensor:
+        """Sums of cross-entropies over this process's batches (fp32 [1 + C]); every process needs as many batches."""
+        weights = self._weights(Targets(1, (1,) * self.config.num_codebooks))
+        total = torch.zeros(1 + self.config.num_codebooks, device=self.world.device)
+        self.backend.model.eval()
+        for batch in batches:
+            total += self.backend.forward(batch.to(self.world.device), *weights)[1]
+        self.backend.model.train()
+        return total
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full fp32 gradients between `accumulate` and the step; every process must ask."""
+        return self.backend.gradients()
+
+    def save(self, folder: Path) -> None:
+        self.backend.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.backend.load(folder)

@@ -1,0 +1,129 @@
+"""Causal attention within each sample of a packed row, by whichever kernel the machine has.
+
+| name   | kernel                                             | where            |
+|--------|----------------------------------------------------|------------------|
+| flash  | flash-attn's variable-length kernel                | GPU, `[flash]`   |
+| varlen | torch.nn.attention.varlen (the same kernels)       | GPU              |
+| flex   | flex_attention with a block mask, compiled         | GPU              |
+| sdpa   | scaled_dot_product_attention, one call per sample  | CPU and GPU      |
+
+All take and give [T, heads, head_dim] in sequence order and never build a T x T mask. SDPA per sample costs what
+its samples cost (the sum of their squared lengths) and needs no kernel that the CPU lacks.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+import torch.nn.functional as F
+
+from engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SampleBounds:
+    """Where the samples of a packed row begin and end.
+
+    Attributes:
+        lengths: tokens of each sample (host).
+        ends: int32 [samples + 1] cumulated lengths on the device.
+        longest: the longest sample (host).
+    """
+
+    lengths: tuple[int, ...]
+    ends: torch.Tensor
+    longest: int
+
+    @cached_property
+    def block_mask(self):
+        """Block mask of flex_attention, made once for all layers."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        tokens, device = sum(self.lengths), self.ends.device
+        sample = torch.bucketize(torch.arange(tokens, device=device, dtype=torch.int32), self.ends, right=True)
+
+        def same_sample_and_before(_batch, _head, query, key):
+            return (sample[query] == sample[key]) & (query >= key)
+
+        return create_block_mask(same_sample_and_before, None, None, tokens, tokens, device=str(device))
+
+
+PackedAttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SampleBounds, float], torch.Tensor]
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
+    outputs = []
+    for parts in zip(*(t.split(bounds.lengths) for t in (q, k, v)), strict=True):
+        qs, ks, vs = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    n, ends = bounds.longest, bounds.ends
+    return flash_attn_varlen_func(q, k, v, ends, ends, n, n, softmax_scale=scale, causal=True)
+
+
+def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    n, ends = bounds.longest, bounds.ends
+    gqa = {"enable_gqa": True} if _gqa_is_announced() else {}
+    return varlen_attn(q, k, v, ends, ends, n, n, scale=scale, window_size=(-1, 0), **gqa)
+
+
+@cache
+def _gqa_is_announced() -> bool:
+    """torch 2.13's kernel wants grouped-query attention to be asked for, 2.11's takes it unasked."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
+    qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    attend = _flex_attention(q.device.type)
+    out = attend(qs, ks, vs, block_mask=bounds.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+@cache
+def _flex_attention(device: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
+IMPLEMENTATIONS: dict[str, PackedAttentionFunction] = {"flash": flash, "varlen": varlen, "flex": flex, "sdpa": sdpa}
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolves the setting `attention` for a device and compute dtype.
+
+    Raises:
+        ConfigError: the kernel asked for cannot run here.
+    """
+    gpu = device.type == "cuda"
+    half = dtype in (torch.bfloat16, torch.float16)
+    missing = {
+        "flash": [
+            ("a GPU", gpu),
+            ("bf16", half),
+            ("flash-attn (pip install 'higgs-engine[flash]')", importlib.util.find_spec("flash_attn") is not None),
+        ],
+        "varlen": [("a GPU", gpu), ("bf16", half)],
+        "flex": [("a GPU (its backward has no CPU kernel)", gpu)],
+        "sdpa": [],
+    }
+    if name == "auto":
+        return next(n for n in ("flash", "varlen", "sdpa") if all(ok for _, ok in missing[n]))
+    needs = [what for what, ok in missing[name] if not ok]
+    if needs:
+        raise ConfigError("attention:", [f"attention: {name} needs {what} → set attention: auto" for what in needs])
+    return name

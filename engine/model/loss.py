@@ -1,0 +1,91 @@
+"""Cross-entropy straight from hidden states: the logits of a chunk at a time, never all of them.
+
+The text head alone is 128,256 wide: the fp32 logits of 16k tokens would take 8 GB. Here each chunk of rows makes
+its logits, its loss and its gradients at once in the forward, and only the gradients (the size of the inputs and
+of the weight) are kept for the backward. The eight codebooks run as one matrix product of 8 x 1026 columns.
+
+Sums, not means: the caller divides by the targets of the whole optimizer step (Contract 5), so that splitting a
+step over ranks or micro-batches changes nothing. Zero rows are fine and give zero gradients, never None or NaN.
+"""
+
+import torch
+from torch import nn
+
+CHUNK_ROWS = 1024
+"""Rows whose logits exist at once: 1024 x 128256 fp32 is 0.5 GB."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, group_weights):
+        rows, groups = targets.shape
+        width = weight.shape[0] // groups
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        sums = torch.zeros(groups, dtype=torch.float32, device=hidden.device)
+        for start in range(0, rows, CHUNK_ROWS):
+            part, target = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
+            logits = (part @ weight.t()).float().view(-1, groups, width)
+            labelled = target >= 0
+            index = target.clamp(min=0).unsqueeze(-1)
+            normaliser = logits.logsumexp(-1)
+            losses = normaliser - logits.gather(-1, index).squeeze(-1)
+            sums += (losses * labelled).sum(0)
+            if not (need_hidden or need_weight):
+                continue
+            # gradient of the weighted sum: (softmax - one_hot) * weight of the group, written over the logits
+            gradient = logits.sub_(normaliser.unsqueeze(-1)).exp_()
+            gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
+            gradient.mul_((labelled * group_weights).unsqueeze(-1))
+            gradient = gradient.view(-1, groups * width).to(hidden.dtype)
+            if need_hidden:
+                torch.mm(gradient, weight, out=grad_hidden[start : start + CHUNK_ROWS])
+            if need_weight:
+                if gradient.dtype == torch.float32:
+                    grad_weight.addmm_(gradient.t(), part)
+                else:
+                    grad_weight += gradient.t() @ part
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(sums)
+        return (sums * group_weights).sum(), sums
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of cross-entropies over groups of a linear head's outputs.
+
+    Args:
+        hidden: [rows, H].
+        weight: [groups * width, H].
+        targets: int64 [rows, groups], negative where there is none.
+        group_weights: fp32 [groups]; what each target of a group counts.
+
+    Returns:
+        The weighted sum (differentiable, fp32 scalar) and the unweighted sum of each group (fp32 [groups]).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, group_weights)
+
+
+class LossHead(nn.Linear):
+    """A head whose call gives the loss, so that FSDP's and ZeRO's hooks see a use of its weight like any other.
+
+    An existing `nn.Linear` becomes one by `head.__class__ = LossHead`; called without targets it stays linear.
+    """
+
+    def forward(self, hidden, targets=None, group_weights=None):
+        if targets is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight, targets, group_weights)

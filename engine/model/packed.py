@@ -1,0 +1,153 @@
+"""The training forward of Higgs Audio v2 on packed rows.
+
+Module tree, names and weights stay transformers' own; `install` changes the classes of existing modules to
+subclasses whose forward also takes packed rows. Called in the native way (as generate() does) they do what
+they always did.
+
+Inside, hidden states are kept in modality order (engine/data/packing.py): `x[:n_text]` goes through the text
+norms and FFN, `x[n_text:]` through the audio ones, each as one dense product. Both always run, with zero rows
+where need be, so every process runs the same collectives whatever its data (Contract 4). The native layer does
+the same with 18 boolean-mask operations, each of which stops the host to ask the GPU for a size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import HiggsAudioV2ForConditionalGeneration
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
+    HiggsAudioV2Attention,
+    HiggsAudioV2DecoderLayer,
+    apply_rotary_pos_emb,
+)
+
+from engine.data.packing import PackedBatch
+from engine.model.attention import IMPLEMENTATIONS, PackedAttentionFunction, SampleBounds
+from engine.model.loss import LossHead
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the backward is a gather by the inverse, deterministic and free of atomics."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """What the layers need to know of a packed row; made once a micro-batch."""
+
+    n_text: int
+    to_sequence: torch.Tensor
+    to_modality: torch.Tensor
+    bounds: SampleBounds
+    attend: PackedAttentionFunction
+
+    def sequence_order(self, x: torch.Tensor) -> torch.Tensor:
+        return _Permute.apply(x, self.to_sequence, self.to_modality)
+
+    def modality_order(self, x: torch.Tensor) -> torch.Tensor:
+        return _Permute.apply(x, self.to_modality, self.to_sequence)
+
+
+class PackedAttention(HiggsAudioV2Attention):
+    def forward(self, hidden_states, position_embeddings=None, *args, rows: PackedRows | None = None, **kwargs):
+        if rows is None:
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        shape = (len(hidden_states), -1, self.head_dim)
+        q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=1)
+        q, k, v = (rows.sequence_order(t) for t in (q, k, v))
+        out = rows.modality_order(rows.attend(q, k, v, rows.bounds, self.scaling))
+        return self.o_proj(out.reshape(len(hidden_states), -1))
+
+
+class PackedDecoderLayer(HiggsAudioV2DecoderLayer):
+    def forward(self, hidden_states, position_embeddings=None, *args, rows: PackedRows | None = None, **kwargs):
+        if rows is None:
+            return super().forward(hidden_states, position_embeddings, *args, **kwargs)
+        x, n = hidden_states, rows.n_text
+        normed = torch.cat([self.input_layernorm(x[:n]), self.audio_input_layernorm(x[n:])])
+        x = x + self.self_attn(normed, position_embeddings, rows=rows)
+        text, audio = x[:n], x[n:]
+        text = text + self.mlp(self.post_attention_layernorm(text))
+        audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        return torch.cat([text, audio])
+
+
+class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
+    """transformers' model with a second way to call it: `model(batch, text_weight, codebook_weights)`.
+
+    Attributes set by `install`:
+        attend: packed attention function.
+        recompute_layers: recompute each layer in the backward instead of keeping its activations.
+    """
+
+    attend: PackedAttentionFunction
+    recompute_layers: bool
+
+    def forward(self, batch=None, text_weight=None, codebook_weights=None, **native):
+        """Loss of one packed row.
+
+        Args:
+            batch: a PackedBatch on the model's device.
+            text_weight: fp32 [1], what each text target counts (its weight / targets of the whole step).
+            codebook_weights: fp32 [C], likewise for each codebook.
+
+        Returns:
+            The weighted loss (fp32 scalar), and the plain sums of cross-entropies, fp32 [1 + C]: text, codebooks.
+        """
+        if not isinstance(batch, PackedBatch):
+            return super().forward(**({} if batch is None else {"input_ids": batch}), **native)
+        hidden = self._hidden_states(batch)
+        targets = torch.cat([batch.text_target_rows, batch.audio_target_rows])
+        hidden = self.model.norm(hidden.index_select(0, targets))
+        for_text, for_audio = hidden.split([len(batch.text_target_rows), len(batch.audio_target_rows)])
+        text_loss, text_sum = self.text_lm_head(for_text, batch.text_targets[:, None], text_weight)
+        audio_loss, audio_sums = self.audio_lm_head(for_audio, batch.audio_targets, codebook_weights)
+        return text_loss + audio_loss, torch.cat([text_sum, audio_sums])
+
+    def _hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states of the last layer, not yet normed: [T, H] in modality order."""
+        text = self.model.embed_tokens(batch.text_ids)
+        audio = self.model.embed_audio_tokens(batch.audio_ids)
+        x = torch.cat([text, audio])
+        rows = PackedRows(
+            n_text=len(text),
+            to_sequence=batch.to_sequence,
+            to_modality=batch.to_modality,
+            bounds=SampleBounds(batch.sample_lengths, batch.sample_ends, batch.longest),
+            attend=self.attend,
+        )
+        positions = self.model.rotary_emb(x, batch.position_ids)
+        for layer in self.model.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                x = checkpoint(layer, x, positions, rows=rows, use_reentrant=False)
+            else:
+                x = layer(x, positions, rows=rows)
+        return x
+
+
+def install(model: HiggsAudioV2ForConditionalGeneration, attention: str, recompute_layers: bool) -> PackedHiggsAudio:
+    """Gives a native model (with its text head, with or without LoRA) the packed training forward, in place."""
+    if model.text_lm_head is None:
+        raise ValueError("the model was built without use_text_head=True")
+    model.__class__ = PackedHiggsAudio
+    model.attend = IMPLEMENTATIONS[attention]
+    model.recompute_layers = recompute_layers
+    for layer in model.model.layers:
+        layer.__class__ = PackedDecoderLayer
+        layer.self_attn.__class__ = PackedAttention
+    for head in (model.text_lm_head, model.audio_lm_head):
+        # trained in full beside adapters (modules_to_save), a head is a wrapper around the original and a copy
+        copies = head.modules_to_save.values() if hasattr(head, "modules_to_save") else [head]
+        for linear in copies:
+            linear.__class__ = LossHead
+    return model

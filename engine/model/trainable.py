@@ -1,0 +1,113 @@
+"""What is trained: every weight, a chosen part, or LoRA adapters. Decided by name, printed, never a silent nothing."""
+
+import fnmatch
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from engine.config import Settings
+from engine.errors import ConfigError
+
+HEADS = ("text_lm_head", "audio_lm_head")
+FROZEN_BY_FREEZE_LLM = ("model.layers.", "model.norm.", "model.embed_tokens.")
+"""As the original's freeze_llm(): the body and the text embeddings; audio embeddings and both heads are trained."""
+
+WHISPER_FLAGS = ("freeze_audio_tower", "freeze_audio_encoder_proj")
+
+
+def choose_trainable(model: nn.Module, settings: Settings) -> nn.Module:
+    """Freezes, or wraps in adapters, as the settings say. The model may be on the meta device.
+
+    Raises:
+        ConfigError: a pattern or target that matches nothing, or that cannot be trained.
+    """
+    if settings.use_lora:
+        return _add_lora(model, settings)
+    names = [name for name, _ in model.named_parameters()]
+    problems = [
+        f"train_modules: {pattern!r} matches no parameter → names look like {names[0]!r} or {names[-1]!r}"
+        for pattern in settings.train_modules
+        if not fnmatch.filter(names, _glob(pattern))
+    ]
+    if problems:
+        raise ConfigError("What to train:", problems)
+    for name, parameter in model.named_parameters():
+        chosen = not settings.train_modules or any(fnmatch.fnmatch(name, _glob(p)) for p in settings.train_modules)
+        parameter.requires_grad = chosen and not (settings.freeze_llm and name.startswith(FROZEN_BY_FREEZE_LLM))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("What to train:", ["nothing is left to train → loosen train_modules or freeze_llm"])
+    return model
+
+
+def _glob(pattern: str) -> str:
+    """A pattern without wildcards means the module of that name and all below it."""
+    return pattern if any(c in pattern for c in "*?[") else f"*{pattern}.*"
+
+
+def _add_lora(model: nn.Module, settings: Settings) -> PeftModel:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules = [name for name, _ in model.named_modules()]
+    problems = []
+    for target in settings.lora_target_modules:
+        matched = [name for name in linears if _is_target(name, target)]
+        if not matched:
+            problems.append(f"lora_target_modules: {target!r} matches no linear layer → e.g. q_proj, audio_mlp.up_proj")
+        elif heads := [name for name in matched if name in HEADS]:
+            problems.append(f"lora_target_modules: {heads[0]} is trained whole → put it into lora_modules_to_save")
+    for name in settings.lora_modules_to_save:
+        if not any(_is_target(module, name) for module in modules):
+            problems.append(f"lora_modules_to_save: {name!r} matches no module → e.g. audio_lm_head, embed_audio_tokens")
+    if problems:
+        raise ConfigError("LoRA:", problems)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_target_modules),
+        modules_to_save=list(settings.lora_modules_to_save) or None,
+        base_model_name_or_path=settings.model_path,
+    )
+    # low_cpu_mem_usage keeps adapters on the meta device beside the base; all weights are filled later
+    return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+
+
+def _is_target(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
+
+
+def describe(model: nn.Module, settings: Settings) -> list[str]:
+    """Lines that say which modules are trained and how many parameters they have."""
+    groups: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        entry = groups.setdefault(_group(name), [0, 0])
+        entry[0] += parameter.numel() if parameter.requires_grad else 0
+        entry[1] += parameter.numel()
+    trained, total = (sum(entry[i] for entry in groups.values()) for i in (0, 1))
+    kind = "LoRA" if settings.use_lora else "full"
+    lines = [f"{kind}: {trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"]
+    lines += [f"  {group:<40} {count:>15,}" for group, (count, _) in groups.items() if count]
+    for flag in WHISPER_FLAGS:
+        if getattr(settings, flag):
+            lines.append(f"  {flag}: this model has no such module, nothing to freeze")
+    return lines
+
+
+def _group(parameter: str) -> str:
+    """Name of a parameter without its layer number and our wrappers' prefixes, so that layers add up."""
+    parts = parameter.removeprefix("base_model.model.").split(".")
+    return ".".join("*" if part.isdigit() else part for part in parts if part not in ("weight", "default"))
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """Names of the parameters with weight decay: matrices, not norms and biases. Asked before any sharding."""
+    return {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+
+
+def optimizer_groups(model: nn.Module, decayed_names: set[str], weight_decay: float) -> list[dict]:
+    """The trainable parameters as optimizer groups, in the model's order."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if name in decayed_names], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decayed_names], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,214 @@
+"""Reads model folders of both formats, by name and by rows, without ever holding a whole model.
+
+`WeightFiles` shows any folder (native `higgs_audio_v2` or original `higgs_audio`, one file or shards) under native
+names. Slices come from memory-mapped safetensors, so a rank that needs an eighth of a tensor touches an eighth.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import HiggsAudioV2Config, PreTrainedTokenizerFast
+
+from engine.errors import ModelError
+from engine.model.keys import is_second_part, native_name
+
+DOWNLOAD_HINT = "download the model first (huggingface-cli download … --local-dir DIR) and give that folder"
+
+
+class WeightFiles:
+    """The weights and the configuration of a model folder.
+
+    Attributes:
+        folder: where they are.
+        format: "native" or "original".
+        config: native configuration, converted where the folder is in the original format.
+        shapes: native name -> shape of each tensor.
+
+    Raises:
+        ModelError: no config.json, unknown or unsupported model type, no weights, missing shards.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        raw = _read_config(self.folder)
+        kind = raw.get("model_type")
+        if kind == "higgs_audio_v2":
+            self.format = "native"
+            self.config = HiggsAudioV2Config.from_dict(raw)
+            _check_native(self.folder, self.config)
+        elif kind == "higgs_audio":
+            self.format = "original"
+            self.config = convert_config(raw, self.folder)
+        else:
+            raise ModelError(
+                f"{self.folder}: model_type is {kind!r} → a Higgs Audio v2 model has higgs_audio_v2 or higgs_audio."
+            )
+        self._files: dict[str, safe_open] = {}
+        self._parts: dict[str, list[tuple[str, str]]] = {}
+        for file in _weight_files(self.folder):
+            self._index(file)
+        self.shapes = {name: self._shape(name) for name in self._parts}
+
+    def _index(self, file: Path) -> None:
+        try:
+            opened = self._files[str(file)] = safe_open(str(file), framework="pt")
+        except Exception as error:  # safetensors raises its own untyped error for damaged headers
+            raise ModelError(f"{file}: not a readable safetensors file ({error}) → download it again.") from None
+        for key in opened.keys():  # noqa: SIM118  (not a dict)
+            name = native_name(key) if self.format == "original" else key
+            if name is not None:
+                parts = self._parts.setdefault(name, [])
+                parts.insert(len(parts) if is_second_part(key) else 0, (str(file), key))
+
+    def _slices(self, name: str) -> list:
+        return [self._files[file].get_slice(key) for file, key in self._parts[name]]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shapes = [tuple(part.get_shape()) for part in self._slices(name)]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop` (dim 0) of a tensor, in the stored dtype."""
+        stop = self.shapes[name][0] if stop is None else stop
+        rows, offset = [], 0
+        for part in self._slices(name):
+            size = part.get_shape()[0]
+            low, high = max(start - offset, 0), min(stop - offset, size)
+            if low < high:
+                rows.append(part[low:high])
+            offset += size
+        if not rows:
+            return self._slices(name)[0][0:0]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Compares names and shapes with those of the model to fill.
+
+        Raises:
+            ModelError: anything missing, unexpected or of another shape; all of it is listed.
+        """
+        problems = []
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                problems.append(f"{name} is missing{_why_missing(name)}")
+            elif self.shapes[name] != shape:
+                problems.append(f"{name} has shape {self.shapes[name]}, config.json asks for {shape}")
+        problems += [f"{name} is not part of the model" for name in self.shapes if name not in expected]
+        if problems:
+            raise ModelError(f"{self.folder}: the weights do not fit its config.json:", problems)
+
+
+def _why_missing(name: str) -> str:
+    if name != "text_lm_head.weight":
+        return ""
+    return " → the folder was saved without its text head; take a complete copy of the base model"
+
+
+def _read_config(folder: Path) -> dict:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder}: no config.json there → model_path must be a model folder; {DOWNLOAD_HINT}.")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file}: not valid JSON ({error}) → download it again.") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+        missing = [f"{f.name} is missing" for f in files if not f.is_file()]
+        if missing:
+            raise ModelError(f"{folder}: shards named in {index.name} are not there → {DOWNLOAD_HINT}:", missing)
+        return files
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json → {DOWNLOAD_HINT}.")
+
+
+def _check_native(folder: Path, config: HiggsAudioV2Config) -> None:
+    if config.codebook_size <= max(config.audio_stream_bos_id, config.audio_stream_eos_id):
+        raise ModelError(
+            f"{folder}: config.json has codebook_size {config.codebook_size}, but the stream ids "
+            f"{config.audio_stream_bos_id} and {config.audio_stream_eos_id} must lie inside it → set 1026."
+        )
+
+
+def convert_config(original: dict, folder: Path) -> HiggsAudioV2Config:
+    """The native configuration of an original `higgs_audio` config.json.
+
+    Raises:
+        ModelError: a variant that the native model has no counterpart for (listed), or no tokenizer beside it.
+    """
+    text = original["text_config"]
+    layers = text["num_hidden_layers"]
+    wanted = {
+        "audio_adapter_type": original.get("audio_adapter_type") in ("dual_ffn", "dual_ffn_fast_forward"),
+        "audio_dual_ffn_layers (every layer)": set(original.get("audio_dual_ffn_layers") or ()) == set(range(layers)),
+        "use_delay_pattern true": bool(original.get("use_delay_pattern")),
+        "use_audio_out_self_attention false": not original.get("use_audio_out_self_attention"),
+        "audio_embed_avg false": not original.get("audio_embed_avg"),
+        "use_audio_out_embed_projector false": not original.get("use_audio_out_embed_projector"),
+        "audio_decoder_proj_num_layers 0": not original.get("audio_decoder_proj_num_layers"),
+        "skip_audio_tower true": bool(original.get("skip_audio_tower")),
+        "use_rq_transformer false": not original.get("use_rq_transformer"),
+        "audio_ffn sizes equal to the text FFN's": (
+            original.get("audio_ffn_hidden_size") in (None, text["hidden_size"])
+            and original.get("audio_ffn_intermediate_size") in (None, text["intermediate_size"])
+        ),
+    }
+    refused = [f"needs {name}" for name, fits in wanted.items() if not fits]
+    if refused:
+        raise ModelError(f"{folder}: this variant of higgs_audio is not the released architecture:", refused)
+    tokenizer = load_tokenizer(folder)
+    scaling = dict(text.get("rope_scaling") or {"rope_type": "default"})
+    return HiggsAudioV2Config(
+        vocab_size=text["vocab_size"],
+        hidden_size=text["hidden_size"],
+        intermediate_size=text["intermediate_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=text["num_attention_heads"],
+        num_key_value_heads=text["num_key_value_heads"],
+        head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
+        hidden_act=text.get("hidden_act", "silu"),
+        rms_norm_eps=text["rms_norm_eps"],
+        max_position_embeddings=text["max_position_embeddings"],
+        initializer_range=text.get("initializer_range", 0.02),
+        attention_bias=text.get("attention_bias", False),
+        mlp_bias=text.get("mlp_bias", False),
+        rope_parameters={**scaling, "rope_theta": text["rope_theta"]},
+        pad_token_id=original["pad_token_id"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|eot_id|>"),
+        num_codebooks=original["audio_num_codebooks"],
+        codebook_size=original["audio_codebook_size"] + 2,  # BOS and EOS of the stream live inside
+        audio_token_id=original["audio_out_token_idx"],
+        audio_bos_token_id=tokenizer.convert_tokens_to_ids("<|audio_out_bos|>"),
+        audio_delay_token_id=tokenizer.convert_tokens_to_ids("<|reserved_special_token_6|>"),
+        audio_stream_bos_id=original["audio_stream_bos_id"],
+        audio_stream_eos_id=original["audio_stream_eos_id"],
+    )
+
+
+def load_tokenizer(folder: str | Path):
+    """The text tokenizer of a model folder.
+
+    Raises:
+        ModelError: no tokenizer, or one without Higgs Audio's special tokens.
+    """
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        raise ModelError(f"{folder}: no usable tokenizer ({error}) → copy tokenizer.json and its config there.") from None
+    needed = ["<|AUDIO|>", "<|AUDIO_OUT|>", "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>"]
+    needed += ["<|reserved_special_token_6|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
+    needed += ["<|eot_id|>", "<|eom_id|>"]
+    vocabulary = tokenizer.get_vocab()
+    missing = [f"{token} is not in its vocabulary" for token in needed if token not in vocabulary]
+    if missing:
+        raise ModelError(f"{folder}: the tokenizer is not Higgs Audio's:", missing)
+    return tokenizer

@@ -1,0 +1,147 @@
+"""Recordings: what is read is exact, and each kind of bad audio says what it is."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from engine.data.audio import AudioError, Recording, content_key, count_samples, read_mono
+
+
+def tone(seconds: float, rate: int, hertz: float = 220.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(samples, rate=24_000, name="a.wav", **options) -> Recording:
+        soundfile.write(tmp_path / name, samples, rate, **{"subtype": "FLOAT"} | options)
+        return Recording(str(tmp_path / name))
+
+    return write
+
+
+def test_mono_at_the_wanted_rate_is_returned_bit_for_bit(save):
+    wave = tone(0.3, 24_000)
+    read = read_mono(save(wave), 24_000)
+    assert read.dtype == np.float32 and np.array_equal(read, wave)
+
+
+def test_channels_are_averaged(save):
+    left, right = tone(0.1, 24_000), tone(0.1, 24_000, 330)
+    assert np.allclose(read_mono(save(np.stack([left, right], axis=1)), 24_000), (left + right) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+def test_resampling_keeps_the_tone_and_the_predicted_length(save, rate):
+    recording = save(tone(0.5, rate))
+    read = read_mono(recording, 24_000)
+    assert len(read) == count_samples(recording, 24_000) == 12_000
+    middle = slice(1_000, -1_000)  # the filter's edges ring
+    assert np.abs(read - tone(0.5, 24_000))[middle].max() < 2e-3
+
+
+@pytest.mark.parametrize("name, options", [("a.flac", {"subtype": "PCM_16"}), ("a.ogg", {"subtype": "VORBIS"}),
+                                           ("a.mp3", {"subtype": "MPEG_LAYER_III"})])
+def test_compressed_formats_are_read(save, name, options):
+    read = read_mono(save(tone(1.0, 24_000), name=name, **options), 24_000)
+    assert abs(len(read) - 24_000) < 3_000 and 0.4 < np.abs(read).max() < 0.6
+
+
+def test_embedded_bytes_read_like_the_file(save):
+    recording = save(tone(0.2, 16_000), 16_000)
+    embedded = Recording(data=open(recording.path, "rb").read())
+    assert np.array_equal(read_mono(embedded, 24_000), read_mono(recording, 24_000))
+    assert content_key(embedded) == content_key(recording)
+    assert "embedded audio of" in str(embedded)
+
+
+def test_a_segment_is_cut_before_resampling(save):
+    wave = np.arange(1, 24_001, dtype=np.float32) / 24_000
+    path = save(wave).path
+    assert np.array_equal(read_mono(Recording(path, offset=0.25, duration=0.5), 24_000), wave[6_000:18_000])
+    assert np.array_equal(read_mono(Recording(path, offset=0.25), 24_000), wave[6_000:])
+    assert np.array_equal(read_mono(Recording(path, duration=0.5), 24_000), wave), "a mere description"
+    assert np.array_equal(read_mono(Recording(path, offset=0.5, duration=0.55), 24_000), wave[12_000:]), "rounded up"
+    assert count_samples(Recording(path, offset=0.25, duration=0.5), 48_000) == 24_000
+
+
+@pytest.mark.parametrize("segment", [{"offset": 1.0}, {"offset": -0.1}, {"offset": 0.5, "duration": 0.0},
+                                     {"offset": 0.5, "duration": 0.7}, {"offset": float("nan")}])
+def test_a_segment_outside_the_recording_is_refused(save, segment):
+    recording = Recording(save(tone(1.0, 24_000)).path, **segment)
+    with pytest.raises(AudioError, match="segment .* is outside the recording of 1.000 s"):
+        read_mono(recording, 24_000)
+    with pytest.raises(AudioError, match="outside the recording"):
+        count_samples(recording, 24_000)
+
+
+def test_every_kind_of_bad_audio_says_what_it_is(save, tmp_path):
+    text = tmp_path / "text.wav"
+    text.write_text("not a recording")
+    truncated = tmp_path / "short.flac"
+    truncated.write_bytes(open(save(tone(1, 24_000), name="b.flac", subtype="PCM_16").path, "rb").read()[:4_000])
+    (tmp_path / "zero.wav").touch()
+    nan = tone(0.1, 24_000)
+    nan[5] = np.nan
+    for recording, message in [
+        (Recording(str(tmp_path / "gone.wav")), "no such file"),
+        (Recording(str(tmp_path)), "cannot be read"),
+        (Recording(str(text)), "not audio, or damaged"),
+        (Recording(str(truncated)), "not audio, or damaged"),
+        (Recording(str(tmp_path / "zero.wav")), "not audio, or damaged"),
+        (Recording(data=b"\x00\x01"), "not audio, or damaged"),
+        (save(np.zeros(0, np.float32), name="empty.wav"), "empty"),
+        (save(np.full(2_400, 5e-5, np.float32), name="silent.wav"), "silent"),
+        (save(np.stack([tone(0.1, 24_000), -tone(0.1, 24_000)], 1), name="inverted.wav"), "silent"),
+        (save(nan, name="nan.wav"), "not finite"),
+        (save(tone(0.1, 24_001), 24_001, name="odd.wav"), "convert the file"),
+    ]:
+        with pytest.raises(AudioError, match=message) as caught:
+            read_mono(recording, 24_000)
+        assert "\n" not in str(caught.value) and str(caught.value).startswith(str(recording))
+
+
+def test_the_key_is_of_the_content_and_the_segment(save, tmp_path):
+    one, other = save(tone(0.1, 24_000), name="one.wav"), save(tone(0.1, 24_000, 230), name="other.wav")
+    copy = Recording(str(tmp_path / "copy.wav"))
+    (tmp_path / "copy.wav").write_bytes(open(one.path, "rb").read())
+    assert content_key(one) == content_key(copy) == content_key(Recording(one.path, duration=0.1))
+    segments = [dict(), dict(offset=0.0), dict(offset=0.01), dict(offset=0.01, duration=0.05)]
+    keys = {content_key(Recording(one.path, **segment)) for segment in segments} | {content_key(other)}
+    assert len(keys) == 5 and all(len(key) == 64 for key in keys)
+    assert content_key(Recording(one.path, offset=1)) == content_key(Recording(one.path, offset=1.0))
+    with pytest.raises(AudioError, match="no such file"):
+        content_key(Recording(str(tmp_path / "gone.wav")))
+
+
+def test_a_recording_is_a_file_or_bytes():
+    for arguments in ({}, {"path": "a.wav", "data": io.BytesIO().getvalue()}):
+        with pytest.raises(ValueError, match="either a path or data"):
+            Recording(**arguments)
+
+
+def test_torchaudio_imports_beside_any_torch():
+    script = """
+import sys
+from engine.runtime import torchaudio_compat
+torchaudio_compat.install()
+finders = len(sys.meta_path)
+torchaudio_compat.install()
+assert len(sys.meta_path) == finders, "installed twice"
+assert "torchaudio" not in sys.modules, "installing must not import"
+import torch, torchaudio
+assert torchaudio.functional.resample(torch.ones(441), 44_100, 24_000).shape == (240,)
+from transformers import HiggsAudioV2TokenizerModel
+if not torchaudio._extension._IS_TORCHAUDIO_EXT_AVAILABLE:
+    try:
+        torchaudio.functional.forced_align(torch.zeros(1, 2, 3), torch.ones(1, 1))
+    except RuntimeError as error:
+        assert "compiled extension" in str(error)
+    else:
+        raise AssertionError("a kernel that is not there was called")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

@@ -1,0 +1,177 @@
+"""The packed forward against transformers' own forward on the same weights and samples: loss and all gradients."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
+
+from engine.data.labels import Sample
+from engine.data.packing import empty_sample, pack
+from engine.data.prompts import IGNORED
+from engine.model.attention import IMPLEMENTATIONS, SampleBounds
+from engine.model.loss import CHUNK_ROWS, linear_cross_entropy
+from engine.model.packed import install
+
+CODEBOOKS, AUDIO = 8, 110
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    config = HiggsAudioV2Config(
+        vocab_size=120, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, codebook_size=34, audio_stream_bos_id=32, audio_stream_eos_id=33,
+        audio_token_id=AUDIO, audio_delay_token_id=111, audio_bos_token_id=112, pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # so that swapped norms show
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def random_sample(rng, text, audio, label_text=True, label_audio=True):
+    """`text` text positions around `audio` audio positions, random labels on part of them."""
+    before = rng.integers(0, text + 1)
+    ids = np.concatenate([rng.integers(3, 100, before), np.full(audio, AUDIO), rng.integers(3, 100, text - before)])
+    labels = np.where((ids != AUDIO) & label_text & (rng.random(len(ids)) < 0.6), ids, IGNORED)
+    audio_ids = rng.integers(0, 34, (audio, CODEBOOKS))
+    audio_labels = np.where(label_audio & (rng.random(audio_ids.shape) < 0.8), audio_ids, IGNORED)
+    audio_labels[:1] = IGNORED  # as in every real stream: its first column is never a target
+    return Sample(ids.astype(np.int32), labels.astype(np.int32), audio_ids.astype(np.int16), audio_labels.astype(np.int16))
+
+
+def native_loss(model, samples):
+    """Sum over samples of transformers' forward, one sample at a time, as sums over targets; mean over codebooks."""
+    text_sum, audio_sums = 0.0, torch.zeros(CODEBOOKS)
+    n_text = sum(s.text_targets for s in samples)
+    n_audio = torch.tensor(sum(s.audio_targets for s in samples))
+    for s in samples:
+        out = model.model(
+            input_ids=torch.from_numpy(s.input_ids).long()[None],
+            audio_input_ids=torch.from_numpy(s.audio_ids).long()[None],
+            audio_input_ids_mask=torch.ones(1, len(s.audio_ids), dtype=torch.bool),
+        ).last_hidden_state[0]
+        text_logits, audio_logits = model.text_lm_head(out), model.audio_lm_head(out).view(len(s), CODEBOOKS, -1)
+        targets = torch.full((len(s), CODEBOOKS), IGNORED)
+        targets[torch.from_numpy(s.input_ids) == AUDIO] = torch.from_numpy(s.audio_labels).long()
+        labels = torch.from_numpy(s.labels).long()
+        text_sum = text_sum + torch.nn.functional.cross_entropy(text_logits[:-1], labels[1:], reduction="sum")
+        per = torch.nn.functional.cross_entropy(
+            audio_logits[:-1].transpose(1, 2), targets[1:], reduction="none", ignore_index=IGNORED
+        )
+        audio_sums = audio_sums + per.sum(0)
+    return text_sum / max(n_text, 1) + (audio_sums / n_audio.clamp(min=1)).mean()
+
+
+def packed_loss(model, samples):
+    n_text = sum(s.text_targets for s in samples)
+    n_audio = torch.tensor(sum(s.audio_targets for s in samples)).clamp(min=1)
+    text_weight, audio_weight = torch.tensor([1.0 / max(n_text, 1)]), 1.0 / n_audio / CODEBOOKS
+    return model(pack(samples, AUDIO), text_weight, audio_weight)[0]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+MIXES = {
+    "mixed": [(20, 30), (7, 12), (15, 40)],
+    "with text only and audio only and one token": [(20, 30), (11, 0), (0, 17), (1, 0), (9, 22)],
+    "all text": [(9, 0), (14, 0)],
+    "all audio": [(0, 12), (0, 20)],
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_loss_and_gradients_equal_the_native_forward(mix, recompute):
+    rng = np.random.default_rng(3)
+    samples = [random_sample(rng, *sizes) for sizes in MIXES[mix]]
+    model = tiny_model()
+    wanted_loss = native_loss(model, samples)
+    wanted = gradients(model, wanted_loss)
+    loss = packed_loss(install(model, "sdpa", recompute), samples)
+    got = gradients(model, loss)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
+    for name, gradient in got.items():
+        assert gradient is not None, f"{name} has no gradient: processes would wait for each other"
+        expected = torch.zeros_like(gradient) if wanted[name] is None else wanted[name]
+        scale = expected.abs().max().clamp(min=1e-12)
+        assert (gradient - expected).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("label_text, label_audio", [(False, True), (True, False), (False, False)])
+def test_missing_labels_give_zeros_never_nan_or_none(label_text, label_audio):
+    rng = np.random.default_rng(0)
+    model = install(tiny_model(), "sdpa", False)
+    got = gradients(model, packed_loss(model, [random_sample(rng, 12, 20, label_text, label_audio)]))
+    for name, gradient in got.items():
+        assert gradient is not None and gradient.isfinite().all(), name
+    assert bool(got["text_lm_head.weight"].any()) == label_text
+    assert bool(got["audio_lm_head.weight"].any()) == label_audio
+
+
+def test_the_empty_micro_batch_adds_nothing():
+    model = install(tiny_model(), "sdpa", False)
+    loss, sums = model(pack([empty_sample(CODEBOOKS)], AUDIO), torch.ones(1), torch.ones(CODEBOOKS))
+    got = gradients(model, loss)
+    assert loss == 0 and not sums.any()
+    assert all(g is not None and not g.any() for g in got.values())
+
+
+def test_samples_do_not_see_each_other():
+    rng = np.random.default_rng(1)
+    samples = [random_sample(rng, 10, 15) for _ in range(3)]
+    model = install(tiny_model(), "sdpa", False).eval()
+    ones = torch.ones(1), torch.ones(CODEBOOKS)
+    alone = sum(model(pack([s], AUDIO), *ones)[1] for s in samples)
+    together = model(pack(samples, AUDIO), *ones)[1]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_native_calls_and_generate_are_untouched():
+    rng = np.random.default_rng(2)
+    sample = random_sample(rng, 10, 15)
+    inputs = {
+        "input_ids": torch.from_numpy(sample.input_ids).long()[None],
+        "audio_input_ids": torch.from_numpy(sample.audio_ids).long()[None],
+        "audio_input_ids_mask": torch.ones(1, 15, dtype=torch.bool),
+    }
+    model = tiny_model().eval()
+    with torch.no_grad():
+        wanted, wanted_codes = model(**inputs).logits, model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        model = install(model, "sdpa", True)
+        assert torch.equal(model(**inputs).logits, wanted)
+        assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=12), wanted_codes)
+
+
+def test_heads_work_in_chunks():
+    torch.manual_seed(0)
+    rows = CHUNK_ROWS + 37
+    hidden = torch.randn(rows, 6, requires_grad=True)
+    weight = torch.randn(2 * 5, 6, requires_grad=True)
+    targets = torch.randint(-1, 5, (rows, 2))
+    group_weights = torch.tensor([0.3, 2.0])
+    total, sums = linear_cross_entropy(hidden, weight, targets, group_weights)
+    (3 * total).backward()
+    got = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    logits = (hidden @ weight.t()).view(rows, 2, 5)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-1)
+    torch.testing.assert_close(sums, losses.sum(0), rtol=1e-5, atol=1e-4)
+    (3 * (losses.sum(0) * group_weights).sum()).backward()
+    torch.testing.assert_close(got, (hidden.grad, weight.grad), rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_gives_the_numbers_of_sdpa():
+    """The GPU kernels are compared in tests/gpu; flex has a forward on the CPU too."""
+    torch.manual_seed(0)
+    lengths = (5, 1, 130, 12)
+    bounds = SampleBounds(lengths, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths))
+    q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (4, 2, 2))
+    with torch.no_grad():
+        got, wanted = (IMPLEMENTATIONS[name](q, k, v, bounds, 0.25) for name in ("flex", "sdpa"))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
