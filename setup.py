@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 REQUIREMENTS = [
     "torch>=2.11,<2.14",
     "deepspeed>=0.19.8,<0.20",
-    # A minor release may rename modules and weights of the Higgs classes, whose forward we replace in training.
+    # A minor release may rename modules and weights of the Higgs classes, whose forward training replaces.
     "transformers>=5.23,<5.24",
     "peft>=0.21,<0.22",
     # The last release. It names no torch and its extension loads in any from 2.11 on; a newer one might not.

@@ -207,8 +207,8 @@ class Settings:
             elif name in HUB_IDS and not os.path.isdir(value):
                 asked = os.path.relpath(value)
                 wanted = asked if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", asked) else HUB_IDS[name]
-                yield (f"{name}: {value} is not a folder, and the engine reaches no model hub → download it "
-                       f"first with `huggingface-cli download {wanted} --local-dir FOLDER` and give that folder")
+                yield (f"{name}: {value} is not a folder, and the engine reaches no model hub → first "
+                       f"`huggingface-cli download {wanted} --local-dir FOLDER`, then give that folder")
         if self.resume not in ("none", "auto") and not os.path.isdir(self.resume):
             yield f"resume: {self.resume} is not a folder → give a checkpoint's folder, auto or none"
         if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):

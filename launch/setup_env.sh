@@ -1,8 +1,8 @@
-# Sourced by launch/train.sh and tests/run.sh: `setup_env run` or `setup_env dev` leaves the interpreter to use in
+# Sourced by launch/train.sh and tests/run.sh: `setup_env run` or `setup_env dev` leaves the interpreter in
 # $PYTHON and its folder first on PATH.
 #
-#   HIGGS_ENGINE_PYTHON=/path/to/python   use this interpreter and install nothing (your conda, venv or container)
-#   HIGGS_ENGINE_TORCH=cpu|cuda           the build of torch to install; default: cuda where nvidia-smi lists a GPU
+#   HIGGS_ENGINE_PYTHON=/path/to/python   use this interpreter (of a conda, a container) and install nothing
+#   HIGGS_ENGINE_TORCH=cpu|cuda           torch's build; default: cuda where nvidia-smi lists a GPU
 #   TORCH_CPU_INDEX=URL                   where the CPU build comes from, unless pip already finds one
 #
 # Otherwise .venv at the top of the repository is made once and brought up to date when setup.py has changed.
@@ -17,7 +17,8 @@ setup_env() {
     local extras=$1 top venv ready want
     top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if [[ -n ${HIGGS_ENGINE_PYTHON:-} ]]; then
-        PYTHON=$(command -v "$HIGGS_ENGINE_PYTHON") || die "HIGGS_ENGINE_PYTHON=$HIGGS_ENGINE_PYTHON is no program"
+        PYTHON=$(command -v "$HIGGS_ENGINE_PYTHON") ||
+            die "HIGGS_ENGINE_PYTHON=$HIGGS_ENGINE_PYTHON is no program"
         PATH=$(dirname "$PYTHON"):$PATH
         return
     fi
@@ -37,8 +38,8 @@ setup_env() {
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
 }
 
-# The marker holds what was installed and which build of torch. A machine without a GPU runs the CUDA build too, so
-# a .venv shared by login and compute nodes is rebuilt at most once.
+# The marker holds what was installed and which build of torch. A machine without a GPU runs the CUDA build
+# too, so a .venv shared by login and compute nodes is rebuilt at most once.
 is_ready() {
     local made build
     [[ -x $PYTHON && -f $ready ]] || return 1
@@ -70,8 +71,8 @@ logged() {
     shift
     if ! "$@" >>"$log" 2>&1 9>&-; then
         tail -n 15 "$log" >&2
-        die "$what failed (all of it: $log). Mend the cause, often the network or a full disk, and run the same
-       command again; or set HIGGS_ENGINE_PYTHON to an interpreter that has what setup.py lists."
+        die "$what failed (all of it: $log). Mend the cause, often the network or a full disk,
+       and run the same command again; or set HIGGS_ENGINE_PYTHON to a python that has what setup.py lists."
     fi
 }
 
@@ -96,12 +97,13 @@ install_env() {
         found=$("$PYTHON" -m pip install --dry-run --no-deps --ignore-installed "$torch" 2>>"$log" || true)
         [[ $found == *+cpu* ]] || index=(--extra-index-url "$TORCH_CPU_INDEX")
     fi
-    if [[ $("$PYTHON" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) == *+cpu &&
-        $build == cuda ]]; then
+    # To pip it is as good as the CUDA build.
+    if [[ $build == cuda && $("$PYTHON" -m pip show torch 2>/dev/null) == *+cpu* ]]; then
         logged "Removing the CPU build of torch" "$PYTHON" -m pip uninstall --yes torch
     fi
     say "installing torch, $build build"
-    logged "Installing torch" "$PYTHON" -m pip install ${index[@]+"${index[@]}"} "$torch" "$(requirement torchaudio)"
+    logged "Installing torch" "$PYTHON" -m pip install ${index[@]+"${index[@]}"} \
+        "$torch" "$(requirement torchaudio)"
 
     [[ $extras == run ]] || target+="[$extras]"
     say "installing the engine and what it needs"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine  # noqa: F401  (installs the torchaudio hook before anything imports transformers' models)
+
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
 

@@ -13,10 +13,8 @@ from pathlib import Path
 import deepspeed
 import deepspeed.ops
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
-from torch import nn
 
 from engine.backends.base import Backend, Blueprint, clip_, global_norm, make_adamw, set_learning_rate
 from engine.config import Settings

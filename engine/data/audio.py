@@ -1,9 +1,11 @@
-"""Recordings: any audio that libsndfile reads (wav, flac, ogg, mp3, …) as a mono waveform at one sampling rate.
+"""Recordings: any audio that libsndfile reads (wav, flac, ogg, mp3, …) as a mono waveform at one rate.
 
-Whatever is wrong with a recording is an AudioError with one line that says what; nothing is replaced by silence or cut
-to fit. Callers collect these lines by row, so that all bad recordings of a data set are known after one pass.
+Whatever is wrong with a recording is an AudioError with one line that says what; nothing is replaced by
+silence or cut to fit. Callers collect these lines by row, so that all bad recordings of a data set are known
+after one pass.
 
-Invariant: equal `content_key` means equal waveform, at whatever path: the key is taken from the bytes, not the name.
+Invariant: equal `content_key` means equal waveform, at whatever path: the key is taken from the bytes, not
+the name.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import soundfile
 
 SILENCE = 1e-4  # peak of -80 dBFS; a 16-bit recording of nothing but dither stays below it
 END_TOLERANCE = 0.1  # s; how far a segment may reach beyond the end, for durations in data files are rounded
-_LARGEST_RESAMPLER = 2**22  # filters x phases; 44.1 to 24 kHz takes 11,760, two coprime rates would take gigabytes
+_LARGEST_RESAMPLER = 2**22  # phases x taps; 44.1 to 24 kHz has 11,760, two coprime rates would take gigabytes
 
 
 class AudioError(ValueError):
@@ -29,8 +31,9 @@ class AudioError(ValueError):
 class Recording:
     """Audio in a file (`path`) or in memory (`data`, the bytes of such a file), and which part of it.
 
-    With an `offset` in seconds the recording is the `duration` seconds from there, to the end if there is no duration. A
-    duration without offset only describes the recording, as data files commonly have it; the whole of it is meant.
+    With an `offset` in seconds the recording is the `duration` seconds from there, to the end if there is no
+    duration. A duration without offset only describes the recording, as data files commonly have it; the
+    whole of it is meant.
     """
 
     path: str | None = None
@@ -106,8 +109,9 @@ def read_mono(recording: Recording, sampling_rate: int) -> np.ndarray:
         float32 [samples] at `sampling_rate` Hz.
 
     Raises:
-        AudioError: the file is missing, damaged or no audio; the segment is outside of it; it is empty, silent (peak below
-            -80 dBFS), or not finite; its sampling rate has too little in common with `sampling_rate`.
+        AudioError: the file is missing, damaged or no audio; the segment is outside of it; it is empty,
+            silent (peak below -80 dBFS), or not finite; its sampling rate has too little in common with
+            `sampling_rate`.
     """
     with recording.open() as stream, _decoder(recording, stream) as sound:
         rate = sound.samplerate
@@ -131,7 +135,7 @@ def read_mono(recording: Recording, sampling_rate: int) -> np.ndarray:
 def _decoder(recording: Recording, stream: BinaryIO) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(stream)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless formats ask for a sampling rate
+    except soundfile.SoundFileError as error:
         raise _damaged(recording, error) from None
 
 
@@ -157,8 +161,10 @@ def _resample(recording: Recording, wave: np.ndarray, rate: int, sampling_rate: 
         return wave
     common = math.gcd(rate, sampling_rate)
     if (rate // common) * (sampling_rate // common) > _LARGEST_RESAMPLER:
-        raise AudioError(f"{recording}: cannot go from its odd {rate} Hz to {sampling_rate} Hz; convert the file first")
-    # Here, for they take seconds to import and nobody needs them to look at a header or at a file of the right rate.
+        raise AudioError(
+            f"{recording}: cannot be resampled from {rate} Hz; convert the file to {sampling_rate} Hz"
+        )
+    # Here, for they take seconds to import, and neither a header nor a file of the right rate needs them.
     import torch
     import torchaudio
 

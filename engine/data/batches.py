@@ -15,8 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from engine.errors import ConfigError
-
 OPEN_ROWS = 64
 """Rows filled side by side: more rows waste fewer tokens, fewer rows mix more freely."""
 
@@ -32,11 +30,10 @@ class Step:
     epoch: int
     micro_batches: tuple[MicroBatch, ...]
 
-    def share(self, rank: int, world_size: int) -> list[MicroBatch]:
-        """Micro-batches of one process, the same number on each; an empty one stands where there is none."""
-        rounds = -(-len(self.micro_batches) // world_size)
-        mine = [i * world_size + rank for i in range(rounds)]
-        return [self.micro_batches[i] if i < len(self.micro_batches) else () for i in mine]
+    def share(self, rank: int, world_size: int, rounds: int) -> list[MicroBatch]:
+        """The `rounds` micro-batches of one process; an empty one stands where the step has none left."""
+        mine = list(self.micro_batches[rank::world_size])
+        return mine + [()] * (rounds - len(mine))
 
 
 class BatchPlan:
@@ -50,7 +47,7 @@ class BatchPlan:
         epochs: passes over the data; `max_steps`, if given, ends the run instead.
 
     Raises:
-        ConfigError: some samples are longer than the budget.
+        ValueError: a sample is longer than the budget.
     """
 
     def __init__(
@@ -68,12 +65,8 @@ class BatchPlan:
         self.max_tokens, self.max_samples = max_tokens, max_samples
         self.micro_batches_per_step = micro_batches_per_step
         self.epochs, self.max_steps, self.seed = epochs, max_steps, seed
-        too_long = np.flatnonzero(self.lengths > (max_tokens or np.inf))
-        if len(too_long):
-            raise ConfigError(
-                f"{len(too_long)} sample(s) are longer than max_tokens_per_micro_batch = {max_tokens}:",
-                [f"sample {i}: {self.lengths[i]} tokens" for i in too_long],
-            )
+        if max_tokens is not None and self.lengths.max() > max_tokens:
+            raise ValueError(f"a sample of {self.lengths.max()} tokens cannot go into a row of {max_tokens}")
 
     @lru_cache(maxsize=2)  # noqa: B019  (a run holds one plan; the current and the next epoch are enough)
     def epoch(self, epoch: int) -> list[tuple[MicroBatch, ...]]:
@@ -103,6 +96,10 @@ class BatchPlan:
             if len(free) > OPEN_ROWS:
                 done.append(tuple(rows.pop(free.pop(0)[1])))
         return done + [tuple(row) for row in rows.values()]
+
+    def rounds(self, world_size: int) -> int:
+        """Micro-batches that each process runs in every step."""
+        return -(-self.micro_batches_per_step // world_size)
 
     @property
     def total_steps(self) -> int:

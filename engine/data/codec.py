@@ -1,9 +1,8 @@
-"""Audio to codes, once: the frozen codec, a cache of what it said, and the work of filling the cache on many ranks.
+"""Audio to codes, once: the frozen codec, a cache of its codes, and filling the cache on many ranks.
 
-Invariant: the codes of a recording depend on its content and on the codec alone; not on what else was encoded with it,
-on the device's fast arithmetic modes, or on how often it is asked. So they are kept in a cache whose key is (codec,
-content), and training never loads the codec. Codes of a second of speech take 400 bytes; making them costs a GPU a
-few hundredths of a second.
+Invariant: up to the rounding of fp32, the codes of a recording depend on its content and on the codec alone,
+not on what was encoded with it nor on the device's fast arithmetic modes. So they are kept in a cache whose
+key is (codec, content), 400 bytes a second of speech, and where nothing is missing no codec is loaded.
 """
 
 import contextlib
@@ -60,36 +59,35 @@ class Codec:
         """Loads the audio tokenizer, with its own configuration, from a local directory.
 
         Raises:
-            ModelError: the directory, its configuration or its weights are missing, incomplete or of another kind.
+            ModelError: the directory, its configuration or its weights are missing, incomplete or of another
+                kind.
         """
         from transformers import AutoFeatureExtractor, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel
 
         folder = Path(path)
         _codec_files(folder)
-        heading = f"Cannot load the audio tokenizer in {folder}"
         try:
             kind = HiggsAudioV2TokenizerConfig.get_config_dict(folder)[0].get("model_type")
             if kind != HiggsAudioV2TokenizerConfig.model_type:
-                problem = f"config.json: model_type is {kind!r} → must be {HiggsAudioV2TokenizerConfig.model_type!r}"
-                raise ModelError(heading, [problem, _REMEDY])
-            model, report = HiggsAudioV2TokenizerModel.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
+                raise ValueError(f"model_type is {kind!r}, not {HiggsAudioV2TokenizerConfig.model_type!r}")
+            # Loading draws random numbers; training must not depend on whether there was something to encode.
+            with torch.random.fork_rng(devices=[]):
+                model, report = HiggsAudioV2TokenizerModel.from_pretrained(
+                    folder, dtype=torch.float32, output_loading_info=True
+                )
             feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
-        except ModelError:
-            raise
         except Exception as error:  # whatever kind: safetensors, json and torch each have their own
-            raise ModelError(heading, [f"{type(error).__name__}: {error}", _REMEDY]) from error
-        # transformers fills what it does not find with random numbers, and random weights encode without complaint.
+            raise ModelError(_heading(folder), [f"{type(error).__name__}: {error}"]) from error
+        problems = []
+        # transformers fills what it misses with random numbers, and random weights encode without complaint.
         if missing := sorted(report["missing_keys"]):
-            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-            raise ModelError(heading, [f"the weights lack {len(missing)} tensors ({shown})", _REMEDY])
-        for name in ("sampling_rate", "hop_length"):
-            theirs = getattr(feature_extractor, name, None)
-            ours = model.config.sample_rate if name == "sampling_rate" else model.config.hop_length
-            if theirs != ours:
-                problem = f"preprocessor_config.json: {name} is {theirs} → the model's own is {ours}"
-                raise ModelError(heading, [problem, _REMEDY])
+            problems.append(f"the weights lack {len(missing)} tensors, the first is {missing[0]}")
+        expected = {"sampling_rate": model.config.sample_rate, "hop_length": model.config.hop_length}
+        for name, value in expected.items():
+            if (found := getattr(feature_extractor, name, None)) != value:
+                problems.append(f"preprocessor_config.json: {name} is {found} → config.json means {value}")
+        if problems:
+            raise ModelError(_heading(folder), problems)
         return cls(folder, model.eval().requires_grad_(False).to(device), feature_extractor)
 
     @property
@@ -123,10 +121,10 @@ class Codec:
     def encode(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         """Codes of mono waveforms at `sampling_rate`.
 
-        Every waveform is padded with zeros at its end to a whole number of frames, for only then do the original codec
-        and transformers' agree: they pad other lengths each in its own way, and most codes come out different. Only
-        waveforms of one padded length share a batch: HuBERT attends to the whole input and normalises over time, so
-        padding beyond the last frame would change the codes before it.
+        Every waveform is padded with zeros at its end to a whole number of frames, for only then do the
+        original codec and transformers' agree: they pad other lengths each in its own way, and most codes
+        come out different. Only waveforms of one padded length share a batch: HuBERT attends to the whole
+        input and normalises over time, so padding beyond the last frame would change the codes before it.
 
         Args:
             waveforms: float32 [samples] each, of any lengths above 0.
@@ -139,7 +137,8 @@ class Codec:
             batches[-(-len(waveform) // self.hop_length)].append(index)
         codes: list[np.ndarray] = [np.empty(0)] * len(waveforms)
         for frames, indices in batches.items():
-            padded = [np.pad(waveforms[i], (0, frames * self.hop_length - len(waveforms[i]))) for i in indices]
+            length = frames * self.hop_length
+            padded = [np.pad(waveforms[i], (0, length - len(waveforms[i]))) for i in indices]
             inputs = self._feature_extractor(padded, sampling_rate=self.sampling_rate, return_tensors="pt")
             with torch.inference_mode(), _exact_arithmetic():
                 batch = self._model.encode(inputs["input_values"].to(self._model.device)).audio_codes
@@ -151,14 +150,15 @@ class Codec:
         """The waveform of codes [num_codebooks, frames]: float32 [frames * hop_length] at `sampling_rate`.
 
         Raises:
-            ValueError: the shape is another, there is no frame, or a code is outside the codebook (as the stream's
-                begin and end are: take them off first).
+            ValueError: the shape is another, there is no frame, or a code is outside the codebook (as the
+                stream's begin and end are: take them off first).
         """
         codes = np.asarray(codes)
         if codes.ndim != 2 or len(codes) != self.num_codebooks or not codes.size:
             raise ValueError(f"codes have shape {codes.shape}; expected [{self.num_codebooks}, frames]")
         if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise ValueError(f"codes span {codes.min()} to {codes.max()}; expected 0 to {self.codebook_size - 1}")
+            span = f"{codes.min()} to {codes.max()}"
+            raise ValueError(f"codes span {span}; expected 0 to {self.codebook_size - 1}")
         with torch.inference_mode(), _exact_arithmetic():
             batch = torch.from_numpy(codes.astype(np.int64))[None].to(self._model.device)
             return self._model.decode(batch).audio_values[0, 0].float().cpu().numpy()
@@ -201,7 +201,8 @@ class CodeCache:
             ValueError: they are not of that dtype and shape.
         """
         if not _are_codes(codes):
-            raise ValueError(f"expected int16 codes [num_codebooks, frames], not {codes.dtype} {list(codes.shape)}")
+            found = f"{codes.dtype} {list(codes.shape)}"
+            raise ValueError(f"expected int16 codes [num_codebooks, frames], not {found}")
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
@@ -225,8 +226,9 @@ def encode_missing(
 ) -> list[tuple[str, str]]:
     """Encodes this rank's share of what the cache lacks.
 
-    Every recording belongs to one rank, by its place when all are sorted by size: the ranks get a similar load without
-    exchanging a word, and none is confused by what another has already written. Reading runs ahead of encoding.
+    Every recording belongs to one rank, by its place when all are sorted by size: the ranks get a similar
+    load without exchanging a word, and none is confused by what another has already written. Reading runs
+    ahead of encoding.
 
     Args:
         recordings: content key -> recording; the same on all ranks.
@@ -235,7 +237,8 @@ def encode_missing(
         progress: shows a bar of clips, on rank 0.
 
     Returns:
-        (key, what is wrong) for each recording of this share that cannot be encoded, in the order of their keys.
+        (key, what is wrong) for each recording of this share that cannot be encoded, in the order of their
+        keys.
     """
     share = recordings
     if world_size > 1:
@@ -270,22 +273,22 @@ def encode_missing(
     return sorted(problems)
 
 
-_REMEDY = "take the native release of the tokenizer, complete with config.json, preprocessor_config.json and weights"
+def _heading(folder: Path) -> str:
+    return f"{folder} is not the native release of the audio tokenizer, or not all of it"
 
 
 def _codec_files(folder: Path) -> list[Path]:
     """The files that make the codec what it is: config, preprocessor config, weights."""
-    heading = f"Cannot load the audio tokenizer in {folder}"
     if not folder.is_dir():
-        raise ModelError(heading, ["no such directory → set audio_tokenizer_path to one", _REMEDY])
+        raise ModelError(_heading(folder), ["no such directory → set audio_tokenizer_path to where it is"])
     configs = [folder / "config.json", folder / "preprocessor_config.json"]
     weights = next((files for pattern in _WEIGHT_FILES if (files := sorted(folder.glob(pattern)))), [])
     problems = [f"there is no {file.name}" for file in configs if not file.is_file()]
     if not weights:
-        original = " (model.pth belongs to the original format)" if (folder / "model.pth").is_file() else ""
+        original = " (model.pth is of the original format)" if (folder / "model.pth").is_file() else ""
         problems.append(f"there are no weights, *.safetensors{original}")
     if problems:
-        raise ModelError(heading, [*problems, _REMEDY])
+        raise ModelError(_heading(folder), problems)
     return [*configs, *weights]
 
 
@@ -306,7 +309,7 @@ def _exact_arithmetic() -> Iterator[None]:
 
 
 def _batches(lengths: Mapping[str, int], hop_length: int, batch_samples: float) -> list[list[str]]:
-    """Keys in batches of one padded length each, of at most `batch_samples` or one recording; longest first."""
+    """Keys in batches of one padded length, of at most `batch_samples` or one recording; longest first."""
     by_frames = defaultdict(list)
     for key in sorted(lengths):
         by_frames[-(-lengths[key] // hop_length)].append(key)

@@ -1,7 +1,8 @@
-"""The demo: a small Higgs, its codec and a handful of speech-like recordings, so that every command has something to run on.
+"""The demo: a small Higgs, its codec and some speech-like recordings, for every command to run on.
 
-`make_demo` needs no network and takes about ten seconds on two cores. Each part is built under a hidden temporary name
-and then renamed, so a part that exists is complete; what exists is kept as it is, whatever seed it was made with.
+`make_demo` needs no network and takes about ten seconds on two cores. Each part is built under a hidden
+temporary name and then renamed, so a part that exists is complete; what exists is kept as it is, whatever
+seed it was made with.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ REQUEST = "Please generate speech for given text in reference audio's voice: "
 
 @dataclass(frozen=True)
 class Demo:
-    """What `make_demo` made: a ChatML file, a native Higgs directory and a codec directory, all absolute paths."""
+    """What `make_demo` made, as absolute paths: a ChatML file, a native Higgs and its codec."""
 
     data_file: Path
     model_path: Path
@@ -68,21 +69,26 @@ def make_demo(folder: str | Path, recordings: str | Path | None = None, seed: in
     return Demo(data_file, model_path, codec_path)
 
 
-def write_demo_data(folder: str | Path, recordings: str | Path | None = None, *, clips_per_voice: int = 5) -> Path:
-    """Writes voice-cloning samples in ChatML and returns the JSON file, `demo.json` or `recordings.json` in `folder`.
+def write_demo_data(
+    folder: str | Path, recordings: str | Path | None = None, *, clips_per_voice: int = 5
+) -> Path:
+    """Writes voice-cloning samples in ChatML and returns its JSON file: `demo.json` or `recordings.json`.
 
-    Without `recordings`, each of the four synthetic voices speaks `clips_per_voice` sentences of 1 to 3 s into
-    `folder/audio`, named in the file by relative paths; a sample's reference is the next clip of the same voice.
+    Without `recordings`, each of the four synthetic voices speaks `clips_per_voice` sentences of 1 to 3 s
+    into `folder/audio`, named in the file by relative paths; a sample's reference is the next clip of the
+    same voice.
 
-    With `recordings`, the samples are the recordings of that folder, left where they are and named by absolute paths,
-    and the speaker is the file's stem. There is then one recording a speaker and no second of the same voice, so each
-    is paired with the next in sorted order as its reference: good for trying the engine out, but what it teaches is not
-    the cloning of a voice. `misc.ref_speaker` names the reference's speaker in every sample.
+    With `recordings`, the samples are the recordings of that folder, left where they are and named by
+    absolute paths, and the speaker is the file's stem. There is then one recording a speaker and no second of
+    the same voice, so each is paired with the next in sorted order as its reference: good for trying the
+    engine out, but what it teaches is not the cloning of a voice. `misc.ref_speaker` names the reference's
+    speaker in every sample.
 
     The same arguments give the same bytes.
 
     Raises:
-        DataError: a recording without transcript or the reverse, one that cannot be read, or fewer than two recordings.
+        DataError: a recording without transcript or the reverse, one that cannot be read, or fewer than two
+            recordings.
         ValueError: `clips_per_voice` is less than 2: a reference is never the target itself.
     """
     folder = Path(folder).resolve()
@@ -92,7 +98,8 @@ def write_demo_data(folder: str | Path, recordings: str | Path | None = None, *,
         data_file, voices = folder / "recordings.json", [_collect(Path(recordings).resolve())]
     samples = []
     for clips in voices:
-        samples += [_sample(target, reference) for target, reference in zip(clips, clips[1:] + clips[:1], strict=True)]
+        references = clips[1:] + clips[:1]
+        samples += [_sample(target, reference) for target, reference in zip(clips, references, strict=True)]
 
     text = json.dumps(samples, ensure_ascii=False, indent=1) + "\n"
     if not data_file.is_file() or data_file.read_text(encoding="utf-8") != text:
@@ -106,7 +113,9 @@ def write_demo_data(folder: str | Path, recordings: str | Path | None = None, *,
 def _speak(folder: Path, clips_per_voice: int) -> list[list[_Clip]]:
     """Synthesizes what is missing of `folder/audio`; the clips of each voice."""
     if clips_per_voice < 2:
-        raise ValueError(f"clips_per_voice is {clips_per_voice}; it must be 2 or more, for each clip needs a reference")
+        raise ValueError(
+            f"clips_per_voice is {clips_per_voice}; each clip needs another as its reference: 2 or more"
+        )
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     voices = []
     for number, voice in enumerate(sorted(VOICES)):
@@ -129,22 +138,22 @@ def _collect(folder: Path) -> list[_Clip]:
     """The recordings of a folder with their transcripts, sorted by name."""
     audio = {path.stem: path for path in folder.glob("*.wav")}
     texts = {path.stem: path for path in folder.glob("*.txt")}
-    problems = [f"{audio[stem].name} has no transcript {stem}.txt" for stem in sorted(audio.keys() - texts.keys())]
-    problems += [f"{texts[stem].name} has no recording {stem}.wav" for stem in sorted(texts.keys() - audio.keys())]
+    problems = [f"{stem}.wav has no transcript {stem}.txt" for stem in sorted(audio.keys() - texts.keys())]
+    problems += [f"{stem}.txt has no recording {stem}.wav" for stem in sorted(texts.keys() - audio.keys())]
     clips = []
     for stem in sorted(audio.keys() & texts.keys()):
         try:
             text = texts[stem].read_text(encoding="utf-8-sig").strip()
             seconds = soundfile.info(audio[stem]).duration
         except UnicodeDecodeError:
-            problems.append(f"{texts[stem].name} is not UTF-8 text")
+            problems.append(f"{stem}.txt is not UTF-8 text")
         except soundfile.SoundFileError as error:
-            problems.append(f"{audio[stem].name} is not audio, or damaged: {error}")
+            problems.append(f"{stem}.wav is not audio, or damaged: {error}")
         else:
             if text:
                 clips.append(_Clip(stem, stem, str(audio[stem]), text, seconds))
             else:
-                problems.append(f"{texts[stem].name} is empty")
+                problems.append(f"{stem}.txt is empty")
     if not problems and len(clips) < 2:
         problems.append(f"{len(clips)} found; at least two pairs of name.wav and name.txt are needed")
     if problems:
@@ -153,7 +162,7 @@ def _collect(folder: Path) -> list[_Clip]:
 
 
 def _sample(target: _Clip, reference: _Clip) -> dict:
-    """One voice-cloning sample: the reference's text and audio, the request, then the target's text and audio."""
+    """One voice-cloning sample: the reference's text and audio, the request, the target's text and audio."""
     return {
         "messages": [
             {"role": "system", "content": SYSTEM_PROMPT},
@@ -185,7 +194,7 @@ def _audio(clip: _Clip) -> dict:
 
 @contextlib.contextmanager
 def _published(path: Path) -> Iterator[Path | None]:
-    """A temporary directory that is renamed to `path` once the block has filled it; None if `path` is there already."""
+    """A temporary directory, renamed to `path` once the block has filled it; None if `path` exists."""
     if path.is_dir():
         yield None
         return

@@ -1,16 +1,18 @@
-"""A small random Higgs with everything around it: tokenizer, audio codec, model and processor, made in seconds.
+"""A small random Higgs with all that belongs to it: tokenizer, audio codec, model, processor; in seconds.
 
-The parts have the released architecture, file formats, frame rate (24 kHz, hop 960, 25 frames a second), codebooks
-(8 x 1024) and special tokens, so whatever runs on them runs on the released weights; only widths and depths are small.
-Weights are random save in the codec, whose scales and codebooks are fitted to synthetic speech: a residual quantizer
-with arbitrary codebooks sends all audio to a handful of codes, and nothing could be learnt from those.
+The parts have the released architecture, file formats, frame rate (24 kHz, hop 960, 25 frames a second),
+codebooks (8 x 1024) and special tokens, so whatever runs on them runs on the released weights; only widths
+and depths are small. Weights are random save in the codec, whose scales and codebooks are fitted to synthetic
+speech: a residual quantizer with arbitrary codebooks sends all audio to a handful of codes, and nothing could
+be learnt from those.
 
 Invariant: seeds are arguments, and no global random state is read or left changed.
 """
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -73,8 +75,8 @@ _LLAMA3_WORDS = (
     r"\s+(?!\S)|\s+"
 )
 
-# Renders as the template of the native release does: a system message is required, a `scene` message joins it, an
-# assistant's turn is one audio clip, and audio of other roles is left out.
+# Renders as the template of the native release does: a system message is required, a `scene` message joins
+# it, an assistant's turn is one audio clip, and audio of other roles is left out.
 _CHAT_TEMPLATE = """\
 {%- set audio = "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>" -%}
 {%- set ns = namespace(rest=messages[1:]) -%}
@@ -134,8 +136,9 @@ _CHAT_TEMPLATE = """\
 def make_tokenizer(texts: Iterable[str], path: Path, *, learnt: int = 1000) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE on `texts` and saves it at `path`.
 
-    All 256 bytes are in the vocabulary, so any language is written without loss; SPECIAL_TOKENS follow at the end. As
-    in the original release there is a BOS and an EOS, no padding token, and encoding prepends the BOS unless told not to.
+    All 256 bytes are in the vocabulary, so any language is written without loss; SPECIAL_TOKENS follow at the
+    end. As in the original release there is a BOS and an EOS, no padding token, and encoding prepends the BOS
+    unless told not to.
 
     Args:
         learnt: upper limit of the vocabulary before the special tokens; few texts yield fewer.
@@ -178,8 +181,8 @@ def make_tokenizer(texts: Iterable[str], path: Path, *, learnt: int = 1000) -> P
 def make_codec(path: Path, seed: int = 0) -> HiggsAudioV2TokenizerModel:
     """Saves a small audio tokenizer of the released layout, with its preprocessor_config.json, at `path`.
 
-    24 kHz, 960 samples a frame, 8 codebooks of 1024. Different audio yields different codes, and decoding yields audible
-    noise that follows the original's loudness and timbre; it is no speech.
+    24 kHz, 960 samples a frame, 8 codebooks of 1024. Different audio yields different codes, and decoding
+    yields audible noise that follows the original's loudness and timbre; it is no speech.
     """
     acoustic = DacConfig(
         encoder_hidden_size=8,
@@ -209,8 +212,7 @@ def make_codec(path: Path, seed: int = 0) -> HiggsAudioV2TokenizerModel:
         codebook_dim=64,
         target_bandwidths=[0.5, 1, 1.5, 2],  # kbit/s; the last means 8 codebooks at 25 frames of 10 bits
     )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    with _seeded(seed), torch.no_grad():
         codec = HiggsAudioV2TokenizerModel(config).eval()
         _fit(codec)
     codec.save_pretrained(path)
@@ -227,10 +229,12 @@ def make_model(
     hidden_size: int = 128,
     num_layers: int = 4,
 ) -> HiggsAudioV2ForConditionalGeneration:
-    """Saves a small random Higgs in the native format at `path`: fp32 weights with the text head, tokenizer, processor.
+    """Saves a small random Higgs in the native format at `path`: fp32 weights with the text head, tokenizer,
+    processor.
 
-    `AutoProcessor.from_pretrained(path)` finds the audio tokenizer at `codec_path`, of which the absolute form is saved.
-    As in the native release, the tokenizer saved here pads with its EOS, which the processor needs.
+    `AutoProcessor.from_pretrained(path)` finds the audio tokenizer at `codec_path`, of which the absolute
+    form is saved. As in the native release, the tokenizer saved here pads with its EOS, which the processor
+    needs.
 
     Args:
         hidden_size: a multiple of 32, the width of an attention head.
@@ -240,7 +244,9 @@ def make_model(
     """
     heads, remainder = divmod(hidden_size, 32)
     if heads < 1 or remainder:
-        raise ValueError(f"hidden_size is {hidden_size}; it must be a multiple of 32, the width of an attention head")
+        raise ValueError(
+            f"hidden_size is {hidden_size}; it must be a multiple of 32, the width of an attention head"
+        )
     token_id = tokenizer.convert_tokens_to_ids
     config = HiggsAudioV2Config(
         vocab_size=len(tokenizer),
@@ -261,11 +267,11 @@ def make_model(
         audio_stream_bos_id=CODEBOOK_SIZE,
         audio_stream_eos_id=CODEBOOK_SIZE + 1,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True).eval()
+        audio_tokenizer = HiggsAudioV2TokenizerModel.from_pretrained(Path(codec_path).resolve())
     model.generation_config.update(do_sample=True, temperature=1.0, top_k=50, top_p=0.95)
-    model.generation_config._from_model_config = False  # or loading would replace it by one derived from config.json
+    model.generation_config._from_model_config = False  # or loading would derive it from config.json again
     model.generation_config.ras_win_len = 7  # Higgs's own two, which update() does not know
     model.generation_config.ras_win_max_num_repeat = 2
     model.save_pretrained(path)
@@ -275,19 +281,33 @@ def make_model(
     HiggsAudioV2Processor(
         feature_extractor=_feature_extractor(),
         tokenizer=padding,
-        audio_tokenizer=HiggsAudioV2TokenizerModel.from_pretrained(Path(codec_path).resolve()),
+        audio_tokenizer=audio_tokenizer,
         chat_template=_CHAT_TEMPLATE,
     ).save_pretrained(path)
     return model
 
 
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed`, on one thread: tensors this small gain nothing from more, and where other
+    processes keep the cores busy, threads that wait for one another make seconds of work last a minute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _feature_extractor() -> DacFeatureExtractor:
     """Pads a clip at its end to a whole number of frames."""
-    return DacFeatureExtractor(sampling_rate=SAMPLING_RATE, hop_length=HOP_LENGTH, feature_size=1, padding_side="right")
+    return DacFeatureExtractor(sampling_rate=SAMPLING_RATE, hop_length=HOP_LENGTH)
 
 
 def _fit(codec: HiggsAudioV2TokenizerModel) -> None:
-    """Gives every stage of a random codec a sensible scale, and codebooks drawn from embeddings of synthetic speech."""
+    """Gives each stage of a random codec a sensible scale, and codebooks drawn from synthetic speech."""
     for module in [*codec.acoustic_encoder.modules(), *codec.acoustic_decoder.modules()]:
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             # Transposed convolutions lay 2 of their taps on each output sample, whatever the kernel.
@@ -301,7 +321,8 @@ def _fit(codec: HiggsAudioV2TokenizerModel) -> None:
     clips = [pad(clip, sampling_rate=SAMPLING_RATE, return_tensors="pt")["input_values"] for clip in speech]
     raw = torch.cat([_embed(codec, clip) for clip in clips])  # [frames, hidden]
 
-    # fc: each feature to unit scale, then a rotation that mixes acoustics and semantics; fc2 undoes it for the decoder.
+    # fc: each feature to unit scale, then a rotation that mixes acoustics and semantics; fc2 undoes it for
+    # the decoder.
     scale, mean = raw.std(0).clamp_min(1e-6), raw.mean(0)
     rotation = nn.init.orthogonal_(torch.empty_like(codec.fc.weight))
     codec.fc.weight.copy_(rotation / scale)
@@ -310,8 +331,8 @@ def _fit(codec: HiggsAudioV2TokenizerModel) -> None:
     codec.fc2.weight.copy_((rotation.T * scale[:, None])[:acoustic])
     codec.fc2.bias.copy_(mean[:acoustic])
 
-    # Each quantizer sees a random subspace of what its predecessors left. The jitter keeps entries apart where frames
-    # repeat (silence), and keeps the clips used here from being coded without any error.
+    # Each quantizer sees a random subspace of what its predecessors left. The jitter keeps entries apart
+    # where frames repeat (silence), and keeps the clips used here from being coded without any error.
     residual = codec.fc(raw)
     for quantizer in codec.quantizer.quantizers:
         nn.init.orthogonal_(quantizer.project_in.weight)
@@ -322,7 +343,8 @@ def _fit(codec: HiggsAudioV2TokenizerModel) -> None:
         chosen = seen[torch.randperm(len(seen)).repeat(-(-CODEBOOK_SIZE // len(seen)))[:CODEBOOK_SIZE]]
         quantizer.codebook.embed.copy_(chosen + 0.3 * seen.std() * torch.randn_like(chosen))
         quantizer.codebook.embed_avg.copy_(quantizer.codebook.embed)
-        residual = residual - quantizer.project_out(quantizer.codebook.decode(quantizer.codebook.encode(seen)))
+        nearest = quantizer.codebook.decode(quantizer.codebook.encode(seen))
+        residual = residual - quantizer.project_out(nearest)
 
     loudest = codec.decode(codec.encode(clips[0]).audio_codes).audio_values
     codec.acoustic_decoder.conv2.bias.sub_(0.4 * loudest.mean() / loudest.abs().max())

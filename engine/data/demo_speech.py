@@ -1,11 +1,12 @@
 """Synthetic speech for the demo: text becomes a waveform in which voice and characters can be told apart.
 
-Every character is a segment of 60 to 80 ms (a syllable of 180 ms outside ASCII) with formants and a share of noise of its
-own: vowels ring, consonants hiss, spaces and punctuation are silent. A voice is a pitch, a formant scale and a breathiness.
-Source and filter in one: harmonics of a gliding pitch, each as loud as the formants are at its frequency.
+Every character is a segment of 60 to 80 ms (a syllable of 180 ms outside ASCII) with formants and a share of
+noise of its own: vowels ring, consonants hiss, spaces and punctuation are silent. A voice is a pitch, a
+formant scale and a breathiness. Source and filter in one: harmonics of a gliding pitch, each as loud as the
+formants are at its frequency.
 
-Invariant: a pure function of (voice, text), whatever the state of any random generator. A second of speech takes about
-20 ms to make.
+Invariant: a pure function of (voice, text), whatever the state of any random generator. A second of speech
+takes about 20 ms to make.
 """
 
 import hashlib
@@ -112,14 +113,15 @@ def synthesize(voice: str, text: str) -> np.ndarray:
 
 
 def _score(text: str, voice: Voice) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """The text laid out in control frames: their number, formants [frames, 3] in Hz, voiced and noisy loudness [frames]."""
+    """The text in control frames: how many, formants in Hz [frames, 3], voiced and noisy loudness."""
     segments = [(0.05, (500.0, 1500.0, 2500.0), 0.0, 0.0)]
     segments += [_segment(character) for character in text] + [segments[0]]
     lengths = [max(1, round(seconds * _FRAMES_PER_SECOND)) for seconds, *_ in segments]
     formants = np.repeat(np.array([segment[1] for segment in segments]), lengths, axis=0) * voice.formants
     voiced = np.repeat([segment[2] for segment in segments], lengths)
     noisy = np.repeat([segment[3] for segment in segments], lengths)
-    return sum(lengths), np.stack([_smooth(track) for track in formants.T], axis=1), _smooth(voiced), _smooth(noisy)
+    formants = np.stack([_smooth(track) for track in formants.T], axis=1)
+    return sum(lengths), formants, _smooth(voiced), _smooth(noisy)
 
 
 def _segment(character: str) -> tuple[float, tuple[float, float, float], float, float]:

@@ -1,8 +1,8 @@
 """Who this process is among its peers, and how the peers go on, or stop, together.
 
-Any launcher will do: its variables are translated into those that torch and DeepSpeed read. Agreement runs over
-the rendezvous store, never over collectives: one rank may prepare data for hours while the others wait, no
-collective times out meanwhile, and the mistake that one rank finds reaches all of them in its own words.
+Any launcher will do: its variables are translated into those that torch and DeepSpeed read. Agreement runs
+over the rendezvous store, never over collectives: one rank may prepare data for hours while the others wait,
+no collective times out meanwhile, and the mistake that one rank finds reaches all of them in its own words.
 """
 
 import itertools
@@ -50,22 +50,25 @@ class World:
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     """The variables that torch and DeepSpeed read, from those of the launcher that started this process."""
     addr, port = env.get("MASTER_ADDR"), env.get("MASTER_PORT")
-    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun calls the number of local ranks one way, DeepSpeed another
+    if "RANK" in env and "WORLD_SIZE" in env:  # torchrun or DeepSpeed
         rank, size, local_rank = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", "0")
         local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE", "1")
     elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        # Only a task of srun has SLURM_STEP_*; a batch script has SLURM_PROCID and SLURM_NTASKS too, but no peers.
+        # Only a task of srun has this; a batch script has SLURM_PROCID and SLURM_NTASKS too, but no peers.
         rank, size, local_rank = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], env["SLURM_LOCALID"]
         local_size = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).group()
         addr = addr or _first_host(env["SLURM_STEP_NODELIST"])
-        # The same for all ranks of a step, another for its neighbours; below the ports that the kernel hands out.
-        port = port or str(10000 + (int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))) % 20000)
+        # The same for all ranks of a step, another for its neighbours, and below what the kernel hands out.
+        step = int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))
+        port = port or str(10000 + step % 20000)
     elif "OMPI_COMM_WORLD_RANK" in env:
         rank, size = env["OMPI_COMM_WORLD_RANK"], env["OMPI_COMM_WORLD_SIZE"]
         local_rank, local_size = env["OMPI_COMM_WORLD_LOCAL_RANK"], env["OMPI_COMM_WORLD_LOCAL_SIZE"]
         if not addr and int(local_size) < int(size):
-            raise ConfigError("mpirun on several machines does not tell the ranks where rank 0 is:"
-                              " add -x MASTER_ADDR=<first machine> -x MASTER_PORT=29500 to mpirun")
+            raise ConfigError(
+                "mpirun on several machines does not tell the ranks where rank 0 is:"
+                " add -x MASTER_ADDR=<first machine> -x MASTER_PORT=29500 to mpirun"
+            )
     else:
         rank, size, local_rank, local_size = "0", "1", "0", "1"
     return {
@@ -80,11 +83,10 @@ def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
 def _first_host(nodelist: str) -> str:
     """The first name in SLURM's notation, `gpu[03-05,09],fat1`; containers often have no scontrol to ask."""
     try:
-        listed = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
-        return listed.stdout.split()[0]
+        return subprocess.check_output(["scontrol", "show", "hostnames", nodelist], text=True).split()[0]
     except (OSError, subprocess.CalledProcessError):
-        name, number, tail = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist).groups(default="")
-        return name + number + tail
+        parts = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+        return "".join(parts.groups(default=""))
 
 
 def _device(local_rank: int) -> torch.device:
@@ -133,7 +135,7 @@ def init_process_group(timeout_minutes: float = 30) -> World:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until every rank is here, however long that takes; raises once one of them reports a failure instead.
+    """Waits until every rank is here, however long that takes; raises if one reports a failure instead.
 
     Args:
         name: what is waited for, as the message says it should the run break off meanwhile.
@@ -146,8 +148,9 @@ def raise_together(world: World, error: BaseException | None) -> None:
     """Every rank calls this after work that may fail; if it failed anywhere, all of them raise.
 
     An EngineError comes back with the problems of all ranks merged, each named once, and with the ranks that
-    have it unless all do. Any other exception is raised unchanged where it happened, as an EngineError elsewhere.
-    The exception's `spokesman` is the rank that should print it; a rank still busy after `GRACE_S` is not awaited.
+    have it unless all do. Any other exception is raised unchanged where it happened, as an EngineError
+    elsewhere. The exception's `spokesman` is the rank that should print it; a rank still busy `GRACE_S` after
+    the first failure is not awaited.
     """
     if error is not None and (world.size == 1 or hasattr(error, "spokesman")):  # alone, or agreed upon before
         raise error
@@ -164,7 +167,7 @@ def raise_together(world: World, error: BaseException | None) -> None:
 def _meet(name: str, error: BaseException | None) -> list[tuple[int, EngineError]]:
     """Reports this rank's arrival or failure, awaits the others, and returns the failures in order of rank.
 
-    Ranks meet at the n-th call of each, whichever function makes it: a rank that fails reaches those that wait.
+    Ranks meet at the n-th call of each, whichever function makes it: a failing rank reaches waiting ones.
     """
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
@@ -179,7 +182,8 @@ def _meet(name: str, error: BaseException | None) -> list[tuple[int, EngineError
             store.set(f"{failed}/{place}", pickle.dumps((rank, error)))
         store.add(here, 1)
         pause, give_up = 0.01, float("inf")
-        while store.add(here, 0) < size and time.monotonic() < give_up:  # adding nothing reads without blocking
+        # To add nothing is to read without blocking.
+        while store.add(here, 0) < size and time.monotonic() < give_up:
             if give_up == float("inf") and store.add(failed, 0):
                 give_up = time.monotonic() + GRACE_S
             time.sleep(pause)
@@ -192,7 +196,7 @@ def _meet(name: str, error: BaseException | None) -> list[tuple[int, EngineError
             while rank == 0 and store.add(read, 0) < store.add(here, 0) and time.monotonic() < give_up:
                 time.sleep(0.05)
     except dist.DistError as lost:
-        raise EngineError(f"While waiting for {name}: rank 0 or its launcher has ended; see what it said") from lost
+        raise EngineError(f"Waiting for {name}: rank 0 or its launcher has ended; see what it said") from lost
     return sorted(failures, key=lambda failure: failure[0])
 
 
@@ -223,7 +227,7 @@ def shutdown(world: World) -> None:
     global _store
     wait_for_all("the end of the run")
     if dist.is_initialized():
-        dist.barrier()  # nobody still looks at rank 0's store, and no gloo pair is cut in the middle of a message
+        dist.barrier()  # nobody still looks at rank 0's store, and no message is cut short
         dist.destroy_process_group()
     _store = None
     while _placed:
@@ -233,8 +237,8 @@ def shutdown(world: World) -> None:
 def exit_cleanly(code: int) -> NoReturn:
     """Ends the process with `code`, past the destructors of gloo's threads.
 
-    After a correct run those sometimes abort the process ("terminate called without an active exception"), and
-    the launcher reports a failure. Nothing registered with atexit runs: close trackers and files before.
+    After a correct run those sometimes abort the process ("terminate called without an active exception"),
+    and the launcher reports a failure. Nothing registered with atexit runs: close trackers and files before.
     """
     logging.shutdown()
     sys.stdout.flush()

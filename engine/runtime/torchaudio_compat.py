@@ -1,13 +1,13 @@
 """Lets `import torchaudio` succeed beside a torch that its compiled extension was not built for.
 
-torchaudio's wheel is linked against one CUDA build of torch. Beside any other (a CPU torch, a newer CUDA) its import
-raises, and with it the import of every transformers model, for `transformers.audio_utils` imports torchaudio whenever
-it is installed. We need `torchaudio.functional.resample` only, which is pure torch. So an import hook watches for
-`torchaudio._extension` alone: it runs the real module, and if that fails it lets torchaudio believe that the extension
-was never built, a state which torchaudio supports.
+torchaudio's wheel is linked against one CUDA build of torch. Beside any other (a CPU torch, a newer CUDA) its
+import raises, and with it the import of every transformers model, for `transformers.audio_utils` imports
+torchaudio whenever it is installed. We need `torchaudio.functional.resample` only, which is pure torch. So an
+import hook watches for `torchaudio._extension` alone: it runs the real module, and if that fails it lets
+torchaudio believe that the extension was never built, a state which torchaudio supports.
 
-Invariant: where the real extension loads, nothing differs. Installing takes microseconds and imports neither torch nor
-torchaudio; it must come before the first import of transformers' modelling code.
+Invariant: where the real extension loads, nothing differs. Installing takes microseconds and imports neither
+torch nor torchaudio; it must come before the first import of transformers' modelling code.
 """
 
 import logging
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _ForgivingLoader(Loader):
-    """Loads the extension as `real` would; what `real` cannot load becomes an extension that was not built."""
+    """Loads the extension as `real` does; what `real` cannot load becomes an extension never built."""
 
     def __init__(self, real: Loader):
         self._real = real
@@ -33,7 +33,8 @@ class _ForgivingLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         try:
             self._real.exec_module(module)
-        # OSError: a shared library is missing; RuntimeError: another CUDA version; ImportError: half an installation.
+        # OSError: a library is missing; RuntimeError: another CUDA version; ImportError: half an
+        # installation.
         except (OSError, RuntimeError, ImportError) as error:
             _logger.info("torchaudio goes without its compiled extension: %s", error)
             module._IS_TORCHAUDIO_EXT_AVAILABLE = False
@@ -44,13 +45,16 @@ class _ForgivingLoader(Loader):
 
 def _refuse(function: Callable) -> Callable:
     def refused(*args, **kwargs):
-        raise RuntimeError(f"{function.__name__} needs torchaudio's compiled extension, which this torch cannot load")
+        name = function.__name__
+        raise RuntimeError(f"{name} needs torchaudio's compiled extension, which this torch cannot load")
 
     return refused
 
 
 class _ExtensionFinder(MetaPathFinder):
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name != _EXTENSION:
             return None
         spec = PathFinder.find_spec(name, path, target)

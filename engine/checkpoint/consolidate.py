@@ -1,0 +1,86 @@
+"""From a sharded checkpoint of either backend to weights that load everywhere, without the world that wrote it.
+
+A full run's checkpoint becomes a model folder, a LoRA run's an adapter folder (merge it with `higgs-engine merge`).
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+from engine.backends.tensors import FOLDER as TENSORS
+from engine.checkpoint.lifecycle import Manifest, read_manifest
+from engine.checkpoint.model_folder import DTYPES, publish, reserve, write_model_folder
+from engine.config import Settings
+from engine.errors import CheckpointError
+from engine.model.keys import adapter_name
+
+MODEL_FILES = "model_files"
+"""Folder within a checkpoint: config, tokenizer and so on."""
+
+
+class CheckpointWeights:
+    """The fp32 weights of a checkpoint by parameter name, read one at a time where the backend's files allow it."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        if manifest.backend == "deepspeed":
+            from engine.backends.deepspeed import consolidated
+
+            weights = consolidated(folder)
+            self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+            self.read: Callable[[str], torch.Tensor] = weights.__getitem__
+        else:
+            self._folder = folder / TENSORS
+            self._metadata = dcp.FileSystemReader(self._folder).read_metadata().state_dict_metadata
+            names = [key.removeprefix("model.") for key in self._metadata if key.startswith("model.")]
+            self.shapes = {name: tuple(self._metadata[f"model.{name}"].size) for name in names}
+            self.read = self._read
+
+    def _read(self, name: str) -> torch.Tensor:
+        stored = self._metadata[f"model.{name}"]
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        dcp.load({f"model.{name}": tensor}, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
+        return tensor
+
+
+def consolidate(checkpoint: Path, out: Path, dtype: str = "auto") -> str:
+    """Writes the weights of a checkpoint; replaces what stands at `out`.
+
+    Args:
+        dtype: float32, bfloat16, float16, or auto: bfloat16 for a run that computed in it, else float32.
+
+    Returns:
+        What was written: "model" or "adapter".
+
+    Raises:
+        CheckpointError: the checkpoint is not complete.
+    """
+    manifest = read_manifest(checkpoint)
+    settings = Settings.from_yaml(checkpoint / "config.yaml")
+    weights = CheckpointWeights(checkpoint, manifest)
+    if manifest.use_lora:
+        _write_adapter(checkpoint, weights, out, settings)
+        return "adapter"
+    kind = ("bfloat16" if settings.bf16 else "float32") if dtype == "auto" else dtype
+    write_model_folder(out, checkpoint / MODEL_FILES, weights.shapes, weights.read, DTYPES[kind])
+    return "model"
+
+
+def _write_adapter(checkpoint: Path, weights: CheckpointWeights, out: Path, settings: Settings) -> None:
+    """PEFT's own format; fp32, for adapters are small and are merged in fp32."""
+    draft = reserve(out)
+    tensors = {adapter_name(name): weights.read(name).float().contiguous() for name in weights.shapes}
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    if empty or not tensors:
+        raise CheckpointError(f"{checkpoint}: the checkpoint holds no adapter weights:", empty)
+    save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copy2(checkpoint / "adapter_config.json", draft / "adapter_config.json")
+    (draft / "README.md").write_text(
+        f"# LoRA adapter for Higgs Audio v2\n\nBase model: `{settings.model_path}`. Rank {settings.lora_rank}, alpha "
+        f"{settings.lora_alpha:g}, targets {', '.join(settings.lora_target_modules)}.\n\n"
+        "Merge: `higgs-engine merge --base_model_path BASE --lora_adapter_path THIS --output_path MERGED`\n"
+    )
+    publish(draft, out)

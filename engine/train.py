@@ -1,0 +1,245 @@
+"""A training run, top to bottom: settings, data, plan, engine, resume, steps, checkpoints, final weights."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+
+from engine.checkpoint import lifecycle
+from engine.checkpoint.consolidate import MODEL_FILES, consolidate
+from engine.checkpoint.lifecycle import Manifest, write_atomically
+from engine.checkpoint.model_folder import copy_side_files
+from engine.config import Settings, prepare_output_dir
+from engine.data.batches import BatchPlan, Step
+from engine.data.dataset import FRAMES_PER_SECOND, Dataset, prepare, write_dropped
+from engine.data.loader import packed_batches
+from engine.data.packing import PackedBatch
+from engine.errors import CheckpointError, ModelError
+from engine.higgs_engine import HiggsEngine, Targets
+from engine.model.weights import WeightFiles, load_tokenizer
+from engine.observe.metrics import Meter, MetricsFile, losses
+from engine.observe.progress import Progress, format_step
+from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
+from engine.schedule import learning_rate
+
+
+def train(settings: Settings) -> None:
+    """One process's part in a run; every process of the launcher calls it with the same settings."""
+    world = init_process_group(settings.collective_timeout_minutes)
+    try:
+        Run(settings.with_resolved(world.size, world.device.type == "cuda"), world).execute()
+    except Exception as error:
+        raise_together(world, error)
+    shutdown(world)
+
+
+class Run:
+    """The parts of a run, made in `__init__` in the order in which they depend on each other."""
+
+    def __init__(self, settings: Settings, world: World):
+        self.settings, self.world = settings, world
+        self.output_dir = Path(settings.output_dir)
+        self.progress = Progress(world)
+        say = self.progress.say
+        self._prepare_output()
+        torch.manual_seed(settings.seed + world.rank)  # dropout differs between processes
+
+        self.files = WeightFiles(settings.model_path)
+        tokenizer = load_tokenizer(settings.model_path)
+        _check_tokenizer(self.files, tokenizer)
+        self.data = prepare(settings.train_data_file, settings, tokenizer, self.files.config, world)
+        say(f"train: {self.data.describe()}")
+        if world.is_main:
+            write_dropped(self.data, self.output_dir, say)
+        self.eval_data = None
+        if settings.eval_data_file:
+            self.eval_data = prepare(settings.eval_data_file, settings, tokenizer, self.files.config, world)
+            say(f"eval: {self.eval_data.describe()}")
+
+        self.plan = _plan(self.data, settings)
+        self.total = self.plan.total_steps
+        self.rounds = self.plan.rounds(world.size)
+        self.engine = HiggsEngine(settings, world, self.files, self.rounds)
+        self._describe()
+
+    def _prepare_output(self) -> None:
+        error = None
+        try:
+            if self.world.is_main:
+                prepare_output_dir(self.settings)
+                if self.settings.resume == "none" and lifecycle.checkpoints(self.output_dir):
+                    raise CheckpointError(
+                        f"{self.output_dir} holds checkpoints of an earlier run → continue it with --resume auto, "
+                        "or give another --output_dir."
+                    )
+                self.settings.to_yaml(self.output_dir / "config.yaml")
+        except Exception as failure:
+            error = failure
+        raise_together(self.world, error)
+
+    def _describe(self) -> None:
+        say, settings, engine = self.progress.say, self.settings, self.engine
+        for line in engine.summary:
+            say(line)
+        say(f"backend: {settings.backend}, {engine.backend.precision}; attention: {engine.attention}")
+        packed = sum(self.data.lengths) * settings.num_train_epochs / max(1, self.total)
+        say(
+            f"plan: {self.total} steps of {settings.micro_batches_per_step} micro-batch(es), about {packed:,.0f} tokens "
+            f"a step; {self.rounds} micro-batch(es) a process"
+        )
+        idle = self.rounds * self.world.size - settings.micro_batches_per_step
+        if idle:
+            say(f"note: micro_batches_per_step is no multiple of {self.world.size} processes, {idle} idle slot(s) a step")
+        if settings.warmup_steps >= self.total:
+            say(f"note: warmup_steps {settings.warmup_steps} is not reached within {self.total} steps")
+
+    # ---------------------------------------------------------------- the loop
+
+    def execute(self) -> None:
+        start, tokens_seen = self._resume()
+        self.meter = Meter(self.settings, self.world, self.files.config.num_codebooks, tokens_seen)
+        if self.world.is_main:
+            self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", start)
+        batches = self._batches(start)
+        self.progress.start(start, self.total)
+        for step in self.plan.steps(start):
+            self._step(step, batches)
+        self.progress.stop()
+        self._finish()
+
+    def _batches(self, start: int) -> Iterator[PackedBatch]:
+        rank, size = self.world.rank, self.world.size
+        micro_batches = (m for step in self.plan.steps(start) for m in step.share(rank, size, self.rounds))
+        return packed_batches(
+            self.data.samples, micro_batches, audio_token_id=self.files.config.audio_token_id,
+            workers=self.settings.dataloader_num_workers, device=self.world.device,
+        )  # fmt: skip
+
+    def _step(self, step: Step, batches: Iterator[PackedBatch]) -> None:
+        settings, data = self.settings, self.data
+        chosen = [i for batch in step.micro_batches for i in batch]
+        targets = Targets(int(data.text_targets[chosen].sum()), tuple(data.audio_targets[chosen].sum(0).tolist()))
+        rate = learning_rate(settings, step.number, self.total)
+        result = self.engine.train_step(islice(batches, self.rounds), targets, rate)
+        tokens = sum(len(data.samples[i]) for i in chosen)
+        self.meter.add(result, targets, tokens, float(data.audio_frames[chosen].sum()) / FRAMES_PER_SECOND)
+        self.progress.step()
+        done = step.number + 1
+        last = done == self.total
+        if done == 1 or done % settings.logging_steps == 0 or last:
+            self._log({"step": done, "epoch": step.epoch, "learning_rate": rate} | self.meter.read())
+        if self.eval_data is not None and (done % settings.eval_steps == 0 or last):
+            self._evaluate(done)
+        if done % settings.save_steps == 0 or last:
+            self._save(done)
+
+    def _log(self, values: dict) -> None:
+        if self.world.is_main:
+            self.metrics.write(values)
+            self.progress.say(format_step(values, self.total))
+
+    def _evaluate(self, done: int) -> None:
+        settings, data = self.settings, self.eval_data
+        rows = [batch for step in _plan(data, settings, epochs=1).epoch(0) for batch in step]
+        rounds = -(-len(rows) // self.world.size)
+        mine = Step(0, 0, tuple(rows)).share(self.world.rank, self.world.size, rounds)
+        token = self.files.config.audio_token_id
+        sums = self.engine.evaluate(
+            packed_batches(data.samples, mine, audio_token_id=token, workers=0, device=self.world.device)
+        )
+        if self.world.size > 1:
+            torch.distributed.all_reduce(sums)
+        values = losses(sums.tolist(), int(data.text_targets.sum()), data.audio_targets.sum(0).tolist(), settings)
+        if self.world.is_main:
+            self.metrics.write({"step": done} | {f"eval_{name}": value for name, value in values.items()})
+            self.progress.say(f"step {done}/{self.total} | eval loss {values['loss']:.4f}")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _manifest(self, step: int, tokens_seen: int) -> Manifest:
+        s = self.settings
+        plan = {
+            "data": self.data.fingerprint,
+            "seed": s.seed,
+            "max_tokens_per_micro_batch": s.max_tokens_per_micro_batch,
+            "per_device_train_batch_size": s.per_device_train_batch_size,
+            "micro_batches_per_step": s.micro_batches_per_step,
+        }
+        return Manifest(step, s.backend, self.world.size, s.use_lora, plan, tokens_seen)
+
+    def _resume(self) -> tuple[int, int]:
+        """Loads the checkpoint asked for; returns the steps done and tokens seen."""
+        folder = lifecycle.find(self.settings.resume, self.output_dir, self.progress.say)
+        if folder is None:
+            return 0, 0
+        manifest = lifecycle.read_manifest(folder)
+        lifecycle.require_same_run(manifest, self._manifest(0, 0), folder)
+        self.engine.load(folder)
+        lifecycle.restore_random_state(folder, self.world)
+        self.progress.say(f"resumed {folder.name}: step {manifest.step} of {self.total}")
+        return manifest.step, manifest.tokens_seen
+
+    def _save(self, step: int) -> None:
+        folder = lifecycle.save(
+            self.output_dir, self._manifest(step, self.meter.tokens_seen), self.world,
+            write_shards=self.engine.save, write_once=self._write_once, keep=self.settings.save_total_limit,
+        )  # fmt: skip
+        if self.world.is_main:
+            state = {"step": step, "total_steps": self.total, "latest": folder.name, "tokens_seen": self.meter.tokens_seen}
+            write_atomically(self.output_dir / "trainer_state.json", json.dumps(state, indent=1))
+            self.progress.say(f"saved {folder}")
+
+    def _write_once(self, folder: Path) -> None:
+        self.settings.to_yaml(folder / "config.yaml")
+        (folder / MODEL_FILES).mkdir()
+        copy_side_files(self.files, folder / MODEL_FILES)
+        if isinstance(self.engine.backend.model, PeftModel):
+            self.engine.backend.model.peft_config["default"].save_pretrained(folder)
+
+    def _finish(self) -> None:
+        """Final weights from the final checkpoint, so that what is handed over is what can be read back."""
+        out = self.output_dir / ("lora_adapters" if self.settings.use_lora else "model")
+        error = None
+        try:
+            if self.world.is_main:
+                consolidate(self.output_dir / f"checkpoint-{self.total}", out)
+                self.progress.say(f"done: {out}")
+                self.progress.say(_next_command(self.settings, out))
+        except Exception as failure:
+            error = failure
+        raise_together(self.world, error)
+
+
+def _plan(data: Dataset, settings: Settings, epochs: int | None = None) -> BatchPlan:
+    return BatchPlan(
+        data.lengths,
+        max_tokens=settings.max_tokens_per_micro_batch,
+        max_samples=settings.per_device_train_batch_size,
+        micro_batches_per_step=settings.micro_batches_per_step,
+        epochs=epochs or settings.num_train_epochs,
+        max_steps=None if epochs else settings.max_steps,
+        seed=settings.seed,
+    )
+
+
+def _check_tokenizer(files: WeightFiles, tokenizer) -> None:
+    token = tokenizer.convert_tokens_to_ids("<|AUDIO_OUT|>")
+    if token != files.config.audio_token_id or len(tokenizer) > files.config.vocab_size:
+        raise ModelError(
+            f"{files.folder}: tokenizer and config.json do not belong together (<|AUDIO_OUT|> is {token}, "
+            f"audio_token_id {files.config.audio_token_id}; {len(tokenizer)} tokens, vocab_size {files.config.vocab_size})."
+        )
+
+
+def _next_command(settings: Settings, out: Path) -> str:
+    if settings.use_lora:
+        return (
+            f"next: higgs-engine merge --base_model_path {settings.model_path} --lora_adapter_path {out} "
+            f"--output_path {out.parent / 'merged'}"
+        )
+    return f"next: HiggsAudioV2ForConditionalGeneration.from_pretrained({str(out)!r}, use_text_head=True)"
+
+

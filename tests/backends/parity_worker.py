@@ -1,0 +1,81 @@
+"""One rank of the backend comparison: the same ten steps through each backend named, results of rank 0 to a file.
+
+    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3, each with an optional -lora
+
+The micro-batches of a step are chosen to be awkward: one has text only, one has audio only.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.config import Settings
+from engine.data.packing import pack
+from engine.higgs_engine import HiggsEngine, Targets
+from engine.model.weights import WeightFiles
+from engine.runtime.distributed import exit_cleanly, init_process_group, shutdown
+from tests.tiny import random_sample
+
+STEPS, MICRO_BATCHES = 10, 4
+
+
+def micro_batches(step: int) -> list[list]:
+    rng = np.random.default_rng(step)
+    kinds = [[(9, 0), (14, 0)], [(0, 21)], [(12, 18), (5, 9)], [(7, 11)]]
+    return [[random_sample(rng, *sizes) for sizes in kind] for kind in kinds]
+
+
+def settings_for(case: str, model: str, world_size: int) -> Settings:
+    backend, _, lora = case.partition("-")
+    settings = Settings(
+        model_path=model, audio_tokenizer_path=model, train_data_file=model,
+        backend="deepspeed" if backend.startswith("zero") else backend,
+        ds_config=backend if backend.startswith("zero") else "zero2",
+        bf16=False, gradient_checkpointing=True, micro_batches_per_step=MICRO_BATCHES, max_grad_norm=0.5,
+        learning_rate=3e-3, weight_decay=0.01, use_lora=bool(lora), lora_rank=4, lora_dropout=0.0,
+        lora_modules_to_save=["audio_lm_head"] if lora else [],
+    )  # fmt: skip
+    return settings.with_resolved(world_size, has_gpu=False)
+
+
+def run(case: str, model: str, world) -> dict[str, np.ndarray]:
+    files = WeightFiles(model)
+    engine = HiggsEngine(settings_for(case, model, world.size), world, files, rounds=MICRO_BATCHES // world.size)
+    results: dict[str, list] = {"losses": [], "grad_norms": []}
+    for step in range(STEPS):
+        samples = micro_batches(step)
+        everything = [s for batch in samples for s in batch]
+        audio = tuple(int(n) for n in sum(s.audio_targets for s in everything))
+        targets = Targets(sum(s.text_targets for s in everything), audio)
+        mine = [pack(batch, files.config.audio_token_id) for batch in samples[world.rank :: world.size]]
+        sums = engine.accumulate(mine, targets)
+        for name, gradient in engine.gradients():
+            if step in (0, STEPS - 1):
+                results[f"gradient {step} {name}"] = gradient.detach().float().clone().cpu().numpy()
+        results["grad_norms"].append(float(engine.backend.step(1e-3 * (step + 1))))
+        if world.size > 1:
+            torch.distributed.all_reduce(sums)
+        results["losses"].append((sums / torch.tensor([targets.text, *audio])).tolist())
+    if hasattr(engine.backend, "engine"):
+        engine.backend.engine.destroy()
+    return {name: np.array(value) for name, value in results.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, out, *cases = sys.argv[1:]
+    world = init_process_group(timeout_minutes=1)
+    for case in cases:
+        results = run(case, model, world)
+        if world.is_main:
+            np.savez(Path(out) / f"{case}-world{world.size}.npz", **results)
+        gc.collect()
+    shutdown(world)
+    exit_cleanly(0)
+
+
+if __name__ == "__main__":
+    main()

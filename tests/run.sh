@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes the environment if need be, then lints and tests: bash tests/run.sh [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/setup_env.sh
+setup_env dev
+
+# Ranks share the cores, and no test downloads.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+has_gpu || export DS_ACCELERATOR=cpu
+
+"$PYTHON" -m ruff check .
+exec "$PYTHON" -m pytest -q tests "$@"
