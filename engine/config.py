@@ -6,24 +6,20 @@ on these values, so nothing is guessed: an unknown name, a wrong type or a contr
 anything is loaded, and all mistakes come in one message, each with its remedy.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
-import operator
 import os
 import re
 import tempfile
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from engine import config_sources
+from engine.config_sources import LIMITS, Reading, Schema, setting
 from engine.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,20 +37,6 @@ GROUPS = {
     "Backend": "how the model is spread over processes",
     "Run": "where the run writes, and how often",
 }
-LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
-TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-METAVARS = {bool: "[BOOL]", int: "N", float: "X", str: "TEXT", list[str]: "A ...", list[float]: "X ..."}
-
-
-def setting(group: str, default: Any, help: str, *, choices: tuple[str, ...] = (), path: str = "",
-            required: bool = False, **limits: float) -> Any:
-    """A field of `Settings`; a `path` (FILE or FOLDER) is made absolute, `limits` are as in `LIMITS`."""
-    rule = " and ".join(f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items())
-    metadata = dict(group=group, default=default, help=help, choices=choices, path=path, required=required,
-                    limits=limits, rule=rule)
-    initial = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(metadata=metadata, **initial)
-
 
 _model, _data, _batch, _optim, _trained, _backend, _run = (partial(setting, group) for group in GROUPS)
 
@@ -63,15 +45,14 @@ _model, _data, _batch, _optim, _trained, _backend, _run = (partial(setting, grou
 class Settings:
     """One training run. Paths are absolute from the start, so it means the same in any directory."""
 
-    model_path: str | None = _model(
-        None, "Higgs Audio v2, in either checkpoint format", path="FOLDER", required=True)
+    model_path: str | None = _model(None, "Higgs Audio v2, in either checkpoint format", path="FOLDER", required=True)
     audio_tokenizer_path: str | None = _model(None, "its audio codec", path="FOLDER", required=True)
     attention: str = _model(
         "auto", "kernel for packed rows: flash (flash-attn package), varlen (torch's own), flex (compiled "
         "block mask), sdpa (runs anywhere); auto: the fastest that works here",
         choices=("auto", "flash", "varlen", "flex", "sdpa"))
     bf16: bool | None = _model(
-        None, "bf16 compute, fp32 master weights; false: fp32 throughout; none: true on GPU, false on CPU")
+        None, "bf16 compute, fp32 master weights; false: fp32 throughout; none: true on GPU unless backend is none")
     gradient_checkpointing: bool = _model(
         True, "recompute each layer in the backward: far less memory, about a third more compute")
 
@@ -81,8 +62,7 @@ class Settings:
         "auto", "turns of a sample: as_written keeps them; voice_cloning makes reference and target the two "
         "turns that inference uses; auto: voice_cloning for a sample of that shape, else as_written",
         choices=("auto", "as_written", "voice_cloning"))
-    system_prompt: str = _data(
-        "Generate audio following instruction.", "first words of the voice_cloning system turn")
+    system_prompt: str = _data("Generate audio following instruction.", "first words of the voice_cloning system turn")
     scene: str | None = _data(
         "Audio is recorded from a quiet room.", "scene description of that turn; none: without one")
     train_reference: bool = _data(False, "also train the reference turn of voice_cloning")
@@ -95,8 +75,7 @@ class Settings:
 
     max_tokens_per_micro_batch: int | None = _batch(
         None, "tokens of a micro-batch, text and audio; none: no limit, or 8192 without the next", at_least=1)
-    per_device_train_batch_size: int | None = _batch(
-        None, "samples of a micro-batch; none: no limit", at_least=1)
+    per_device_train_batch_size: int | None = _batch(None, "samples of a micro-batch; none: no limit", at_least=1)
     micro_batches_per_step: int | None = _batch(
         None, "micro-batches of an optimizer step over all processes together, so that steps are the same on "
         "any number of GPUs; none: gradient accumulation times processes", at_least=1)
@@ -133,7 +112,7 @@ class Settings:
     freeze_audio_encoder_proj: bool = _trained(False, "keep the audio encoder's projection as it is")
 
     backend: str = _backend(
-        "deepspeed", "deepspeed (ZeRO), fsdp (torch's fully_shard) or none (plain torch, one process)",
+        "deepspeed", "deepspeed (ZeRO), fsdp (torch's fully_shard) or none (plain torch in one process, fp32)",
         choices=("deepspeed", "fsdp", "none"))
     ds_config: str = _backend("zero2", "DeepSpeed settings: a JSON file, or the name of one in ds_configs/")
     fsdp_reshard_after_forward: bool = _backend(
@@ -151,6 +130,7 @@ class Settings:
         "none", "none: start afresh; auto: from the newest complete checkpoint of the output folder, if any; "
         "or the folder of a checkpoint")
     eval_steps: int = _run(500, "steps between evaluations", at_least=1)
+    disable_evaluation: bool = _run(False, "never evaluate, even if eval_data_file is given")
     logging_steps: int = _run(10, "steps between lines of the log", at_least=1)
 
     def __post_init__(self) -> None:
@@ -176,7 +156,7 @@ class Settings:
                 yield f"{name}: {value!r} is not a choice → one of {', '.join(choices)}"
             numbers = [] if value is None else value if isinstance(value, list) else [value]
             if not all(LIMITS[word](number, limit) for number in numbers for word, limit in limits.items()):
-                rule = field.metadata["rule"] + ", or null" * (name in OPTIONAL)
+                rule = field.metadata["rule"] + ", or null" * (name in SCHEMA.optional)
                 yield f"{name}: {value} is out of range → {rule}"
         if self.codebook_weights is not None and not any(self.codebook_weights):
             yield "codebook_weights: no codebook has weight → one above 0, or null for equal weights"
@@ -192,6 +172,8 @@ class Settings:
                 yield f"lora_target_modules: no layer has adapters → some of {' '.join(LINEAR_LAYERS)}"
         elif self.lora_modules_to_save:
             yield "lora_modules_to_save: has no meaning without LoRA → add use_lora, or name train_modules"
+        if self.bf16 and self.backend == "none":
+            yield "bf16: backend none computes in fp32 only → set backend to fsdp, which runs in one process too"
         if self.fsdp_replicas != 1 and self.backend != "fsdp":
             yield f"fsdp_replicas: has no meaning for backend {self.backend} → set backend to fsdp"
 
@@ -199,7 +181,7 @@ class Settings:
         for name, field in FIELDS.items():
             value, kind, about = getattr(self, name), field.metadata["path"], field.metadata["help"]
             if value is None:
-                if kind and (field.metadata["required"] or name not in OPTIONAL) and name not in excused:
+                if kind and (field.metadata["required"] or name not in SCHEMA.optional) and name not in excused:
                     yield f"{name}: missing → give --{name} {kind}: {about}"
             elif kind == "FILE" and not os.path.isfile(value):
                 what = "is not a file" if os.path.exists(value) else "does not exist"
@@ -239,7 +221,7 @@ class Settings:
         unlimited = self.max_tokens_per_micro_batch is None and self.per_device_train_batch_size is None
         return dataclasses.replace(
             self,
-            bf16=has_gpu if self.bf16 is None else self.bf16,
+            bf16=has_gpu and self.backend != "none" if self.bf16 is None else self.bf16,
             max_tokens_per_micro_batch=8192 if unlimited else self.max_tokens_per_micro_batch,
             micro_batches_per_step=total or product,
             gradient_accumulation_steps=None,
@@ -259,17 +241,15 @@ class Settings:
     @classmethod
     def from_yaml(cls, path: str | os.PathLike) -> "Settings":
         """The settings of a finished run; its model and data may be elsewhere by now: no path is checked."""
-        reading = _Reading()
+        reading = Reading(SCHEMA)
         reading.read_yaml(os.fspath(path))
         settings = cls(**reading.values)
         _fail_on([*reading.problems, *settings._value_problems()])
         return settings
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
-HINTS = get_type_hints(Settings)
-OPTIONAL = {name for name, hint in HINTS.items() if NoneType in get_args(hint)}
-KINDS = {name: get_args(hint)[0] if name in OPTIONAL else hint for name, hint in HINTS.items()}
+SCHEMA = Schema.of(Settings)
+FIELDS = SCHEMA.fields
 
 
 def parse(argv: list[str], prog: str = "higgs-engine train") -> Settings:
@@ -277,16 +257,8 @@ def parse(argv: list[str], prog: str = "higgs-engine train") -> Settings:
     if "-h" in argv or "--help" in argv:
         print(help_text(prog), end="")
         raise SystemExit(0)
-    reading = _Reading()
-    flags = reading.split_flags(argv)
-    configs = [path for name, path in flags if name == "config"]
-    for path in configs[:1]:
-        reading.read_yaml(path)
-    if len(configs) > 1:
-        reading.problems.append(f"--config is given {len(configs)} times → keep one; flags override it")
-    for name, value in flags:
-        if name != "config":
-            reading.take(name, value, "command line")
+    reading = Reading(SCHEMA)
+    reading.read_arguments(argv)
     settings = Settings(**reading.values)
     settings.check(reading.problems, reading.failed)
     return settings
@@ -305,135 +277,7 @@ def prepare_output_dir(settings: Settings) -> None:
 
 def help_text(prog: str) -> str:
     """`--help`: every setting once, under its group, with its unit, limits and default."""
-    parser = argparse.ArgumentParser(
-        prog=prog, usage="%(prog)s [--config FILE] [--setting VALUE ...]",
-        description="A setting is a flag here and a key of the YAML file; the flag is stronger. A list takes "
-        "values with spaces or commas between them. A true/false setting alone means true, and --no-NAME is "
-        "false. The word none clears a setting that may be empty.")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of 'name: value' lines")
-    groups = {group: parser.add_argument_group(group, text) for group, text in GROUPS.items()}
-    for name, field in FIELDS.items():
-        about = field.metadata
-        metavar = about["path"] or METAVARS[KINDS[name]]
-        if about["choices"]:
-            metavar = f"{{{','.join(about['choices'])}}}"
-        notes = [about["rule"], "required" if about["required"] else f"default: {_shown(about['default'])}"]
-        text = f"{about['help']} ({'; '.join(filter(None, notes))})".replace("%", "%%")
-        groups[about["group"]].add_argument(f"--{name}", metavar=metavar, help=text)
-    return parser.format_help()
-
-
-class _Reading:
-    """What the sources say: `values`, the `problems` met, and the settings that `failed` to be read."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-        self.problems: list[str] = []
-        self.failed: set[str] = set()
-
-    def take(self, name: str, value: Any, source: str) -> None:
-        if name in FIELDS:
-            try:
-                self.values[name] = _convert(name, value)
-            except ValueError as error:
-                self.problems.append(f"{source}: {name}: {error}")
-                self.failed.add(name)
-            return
-        close = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.7)
-        remedy = f"did you mean {' or '.join(close)}?" if close else "--help lists every setting"
-        if isinstance(value, dict):
-            remedy = "the settings have no sections: write what it holds at the top level"
-        where = "on the command line" if source == "command line" else f"in {source}"
-        self.problems.append(f"unknown setting {name!r} {where} → {remedy}")
-
-    def read_yaml(self, path: str) -> None:
-        try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-            node, tree = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-            if tree is not None and not isinstance(tree, dict):
-                raise ValueError("holds no settings")
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            mark = getattr(error, "problem_mark", None)
-            what = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else error
-            what = getattr(error, "strerror", None) or what
-            self.problems.append(f"{path}: {what} → give a YAML file of 'name: value' lines")
-            self.failed.update(FIELDS)
-            return
-        lines: dict[str, int] = {}
-        for key, _ in node.value if tree else ():
-            line = key.start_mark.line + 1
-            if lines.setdefault(key.value, line) != line:
-                first = lines[key.value]
-                self.problems.append(f"{path}: line {line}: {key.value} is also on line {first} → keep one")
-        for name, value in (tree or {}).items():
-            self.take(str(name), value, path)
-
-    def split_flags(self, argv: Iterable[str]) -> list[tuple[str, str]]:
-        """The (name, value) pairs of a command line, `config` among them, in its order."""
-        flags, tokens, kinds = [], deque(argv), {**KINDS, "config": str, "local_rank": int}
-        while tokens:
-            token = tokens.popleft()
-            flag, equals, text = token.removeprefix("--").partition("=")
-            name = flag.replace("-", "_")
-            if not token.startswith("--"):
-                self.problems.append(f"{token!r} follows no flag → write --NAME VALUE, spaces in quotes")
-                continue
-            if name.startswith("no_") and kinds.get(name[3:]) is bool and not equals:
-                flags.append((name[3:], "false"))
-                continue
-            # An unknown flag takes all that follows, like a list, so that one mistake is not told twice.
-            kind, values = kinds.get(name, list[str]), [text] if equals else []
-            most = 0 if equals else len(tokens) if get_origin(kind) is list else 1
-            while tokens and len(values) < most and not tokens[0].startswith("--"):
-                values.append(tokens.popleft())
-            if not values and kind is not bool and name in kinds:
-                self.problems.append(f"command line: {name}: no value follows → write --{name} VALUE")
-                self.failed.add(name)
-            elif name != "local_rank":  # added by launchers; the rank itself comes from the environment
-                flags.append((name, ",".join(values or ["true"])))
-        return flags
-
-
-def _convert(name: str, value: Any) -> Any:
-    """`value`, from YAML or as text, in the type of setting `name`; a ValueError says what → remedy."""
-    kind, default = KINDS[name], FIELDS[name].metadata["default"]
-    cleared = value is None or isinstance(value, str) and value.lower() in ("null", "none")
-    if cleared and (name in OPTIONAL or get_origin(kind) is list):
-        return None if name in OPTIONAL else []
-    if get_origin(kind) is not list:
-        return _scalar(value, kind, "" if default is None else f", such as {_shown(default)}")
-    if isinstance(value, str):
-        value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-        value = [part.strip(" '\"") for part in value.split(",") if part.strip()]
-    return [_scalar(item, get_args(kind)[0], "") for item in (value if isinstance(value, list) else [value])]
-
-
-def _scalar(value: Any, kind: type, example: str) -> Any:
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{_shown(value)} is not text → put it in quotes{example}")
-        return value
-    if kind is bool:
-        if str(value).lower() not in TRUTH:
-            raise ValueError(f"{value!r} is neither true nor false → write true or false")
-        return TRUTH[str(value).lower()]
-    try:
-        number = value
-        if isinstance(value, str):  # also from YAML, which takes 1e-4 for text
-            number = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
-        if isinstance(number, bool) or not math.isfinite(number) or kind(number) != number:
-            raise ValueError
-        return kind(number)
-    except (ValueError, TypeError, OverflowError):
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{value!r} is not {what} → give {what}{example}") from None
-
-
-def _shown(value: Any) -> str:
-    """A value as a user would write it."""
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return config_sources.help_text(prog, SCHEMA, GROUPS)
 
 
 def _find_ds_config(name: str) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers.utils import logging as transformers_log
 
 from engine.checkpoint import lifecycle
 from engine.checkpoint.consolidate import MODEL_FILES, consolidate
@@ -28,6 +29,7 @@ from engine.schedule import learning_rate
 
 def train(settings: Settings) -> None:
     """One process's part in a run; every process of the launcher calls it with the same settings."""
+    transformers_log.disable_progress_bar()
     world = init_process_group(settings.collective_timeout_minutes)
     try:
         Run(settings.with_resolved(world.size, world.device.type == "cuda"), world).execute()
@@ -85,10 +87,10 @@ class Run:
         for line in engine.summary:
             say(line)
         say(f"backend: {settings.backend}, {engine.backend.precision}; attention: {engine.attention}")
-        packed = sum(self.data.lengths) * settings.num_train_epochs / max(1, self.total)
+        steps = len(self.plan.epoch(0))
         say(
-            f"plan: {self.total} steps of {settings.micro_batches_per_step} micro-batch(es), about {packed:,.0f} tokens "
-            f"a step; {self.rounds} micro-batch(es) a process"
+            f"plan: {self.total} steps ({steps} an epoch) of {settings.micro_batches_per_step} micro-batch(es), "
+            f"{self.rounds} on each of {self.world.size} process(es); about {sum(self.data.lengths) / steps:,.0f} tokens a step"
         )
         idle = self.rounds * self.world.size - settings.micro_batches_per_step
         if idle:

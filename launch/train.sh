@@ -28,7 +28,8 @@ Environment variables:
   DS_ACCELERATOR=cpu    trains on the CPU although there are GPUs
   HIGGS_ENGINE_PYTHON HIGGS_ENGINE_TORCH TORCH_CPU_INDEX      the environment; see launch/setup_env.sh
 
-SIGTERM and Ctrl-C go to the ranks, which save and leave; a second one stops everything.
+SIGTERM and Ctrl-C go to the ranks, which leave; a second one stops everything. `--resume auto` goes on from
+the last checkpoint.
 END
 }
 
@@ -55,11 +56,6 @@ if (( TASKS > 1 )); then  # one task per node, which starts the ranks of its nod
     [[ -n $MASTER_ADDR ]] || die "scontrol is not here to name the first node: set MASTER_ADDR"
 fi
 
-case ${1:-demo} in
-    demo) exec "$PYTHON" -m engine demo "${@:2}" ;;
-    -h | --help) usage; echo; exec "$PYTHON" -m engine train --help ;;
-esac
-
 # torch is asked, for it knows the masks and its build, unless there is no GPU to ask about.
 GPUS=0
 if [[ ${DS_ACCELERATOR:-} != cpu && -n ${CUDA_VISIBLE_DEVICES-all} ]] && has_gpu; then
@@ -67,9 +63,15 @@ if [[ ${DS_ACCELERATOR:-} != cpu && -n ${CUDA_VISIBLE_DEVICES-all} ]] && has_gpu
     (( GPUS )) || die "this machine has GPUs that the torch of $PYTHON cannot use;
        install a build of torch for its driver, or set DS_ACCELERATOR=cpu to train on the CPU"
 fi
+(( GPUS )) || export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+
+case ${1:-demo} in
+    demo) exec "$PYTHON" -m engine demo "${@:2}" ;;
+    -h | --help) usage; echo; exec "$PYTHON" -m engine train --help ;;
+esac
+
 NPROC=${NPROC:-$(( GPUS ? GPUS : 2 ))}
 (( GPUS == 0 || NPROC <= GPUS )) || die "NPROC=$NPROC, but $GPUS GPUs are visible"
-(( GPUS )) || export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( CORES > NPROC ? CORES / NPROC : 1 ))}
 

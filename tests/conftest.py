@@ -59,3 +59,11 @@ def golden_codes() -> dict:
 
     raw = json.loads((GOLDEN / "audio_codes.json").read_text())
     return {Path(url).name: np.array(codes, np.int16) for url, codes in raw.items()}
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo's paths (data_file, model_path, audio_tokenizer_path): a small model, its codec, 20 clips."""
+    from engine.data.demo import make_demo
+
+    return make_demo(tmp_path_factory.mktemp("demo"))

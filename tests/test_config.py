@@ -119,9 +119,10 @@ def test_every_kept_flag_of_the_seed():
         "--logging_steps", "10", "--save_steps", "500", "--eval_steps", "500", "--use_lora",
         "--lora_rank", "16",
         "--lora_alpha", "32", "--lora_dropout", "0.1", "--seed", "42", "--bf16", "--freeze_audio_tower",
-        "--freeze_audio_encoder_proj",
+        "--freeze_audio_encoder_proj", "--disable_evaluation",
     ])
-    assert settings.use_lora and settings.bf16 and settings.per_device_train_batch_size == 4
+    assert settings.use_lora and settings.bf16 and settings.disable_evaluation
+    assert settings.per_device_train_batch_size == 4
     assert parse([*REQUIRED, "--freeze_llm"]).freeze_llm
 
 
@@ -262,6 +263,7 @@ def test_counts_are_positive(name, limit):
     (dict(codebook_weights=[]), "codebook_weights: no codebook"),
     (dict(prompt_layout="as_written", train_reference=True), "train_reference: as_written has no"),
     (dict(fsdp_replicas=2), "fsdp_replicas: has no meaning"),
+    (dict(bf16=True, backend="none"), "bf16: backend none computes in fp32 only → set backend to fsdp"),
 ])
 def test_contradictions(values, told):
     assert problem(**values).startswith(told)
@@ -376,11 +378,12 @@ def test_batches_are_resolved(tokens, samples, total, each, world_size, expected
     assert resolved.with_resolved(1, False) == resolved  # the same steps on another number of processes
 
 
-@pytest.mark.parametrize("bf16, has_gpu, expected", [
-    (None, True, True), (None, False, False), (True, False, True), (False, True, False),
+@pytest.mark.parametrize("backend, bf16, has_gpu, expected", [
+    ("fsdp", None, True, True), ("fsdp", None, False, False), ("fsdp", True, False, True),
+    ("fsdp", False, True, False), ("none", None, True, False), ("none", False, True, False),
 ])
-def test_precision_is_resolved(bf16, has_gpu, expected):
-    assert Settings(bf16=bf16).with_resolved(1, has_gpu).bf16 is expected
+def test_precision_is_resolved(backend, bf16, has_gpu, expected):
+    assert Settings(backend=backend, bf16=bf16).with_resolved(1, has_gpu).bf16 is expected
 
 
 def test_backends_and_world_sizes():

@@ -6,7 +6,10 @@ gradients are summed, not averaged; clipping is written out (its default is 1.0,
 travel in fp32; a load that found nothing is an error.
 """
 
+import contextlib
+import io
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from engine.backends.base import Backend, Blueprint, clip_, global_norm, make_adamw, set_learning_rate
 from engine.config import Settings
@@ -78,6 +82,8 @@ class DeepSpeedBackend(Backend):
             # DeepSpeed would compile a shared-memory all-reduce that only inference uses
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+        # DeepSpeed 0.19 calls all_gather_into_tensor, which torch 2.13 calls deprecated, once a process
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         self._materialise(blueprint)
         groups = optimizer_groups(blueprint.model, blueprint.decayed, settings.weight_decay)
         self.optimizer = make_adamw(groups, settings, world.device)
@@ -140,11 +146,10 @@ class DeepSpeedBackend(Backend):
 
 def consolidated(folder: Path) -> dict[str, torch.Tensor]:
     """fp32 weights of a checkpoint's DeepSpeed folder, from its masters, without the world that wrote it."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
     states = sorted((folder / FOLDER).glob("*optim_states.pt"))
     if states:
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=FOLDER)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its way through the files
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=FOLDER)
     # stage 0 writes the weights themselves, whole
     state = torch.load(folder / FOLDER / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: tensor.float() for name, tensor in state["module"].items()}

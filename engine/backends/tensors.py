@@ -7,7 +7,6 @@ tensor by tensor, by any number of processes or by none. Adapters' runs hold the
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
@@ -16,17 +15,12 @@ FOLDER = "tensors"
 
 
 def save_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    writer = dcp.FileSystemWriter(folder / FOLDER, overwrite=False)
-    dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not _distributed())
+    dcp.save(_tensors(model, optimizer), storage_writer=dcp.FileSystemWriter(folder / FOLDER, overwrite=False))
 
 
 def load_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     _create_moments(optimizer)
-    dcp.load(_tensors(model, optimizer), checkpoint_id=folder / FOLDER, no_dist=not _distributed())
-
-
-def _distributed() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+    dcp.load(_tensors(model, optimizer), storage_reader=dcp.FileSystemReader(folder / FOLDER))
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

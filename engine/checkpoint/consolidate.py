@@ -4,6 +4,7 @@ A full run's checkpoint becomes a model folder, a LoRA run's an adapter folder (
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,9 @@ class CheckpointWeights:
     def _read(self, name: str) -> torch.Tensor:
         stored = self._metadata[f"model.{name}"]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        dcp.load({f"model.{name}": tensor}, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
+        with warnings.catch_warnings():  # DCP warns that it loads alone, which is the point
+            warnings.simplefilter("ignore")
+            dcp.load({f"model.{name}": tensor}, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
         return tensor
 
 

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def merge(base_model_path: Path, lora_adapter_path: Path, output_path: Path, dty
         info = {
             "base_model": str(base_model_path),
             "lora_adapter": str(lora_adapter_path),
-            "merged_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "merged_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model_type": "higgs_audio_v2",
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in merged.items()}

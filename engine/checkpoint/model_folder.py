@@ -39,6 +39,7 @@ def generation_defaults(config: HiggsAudioV2Config) -> GenerationConfig:
     return GenerationConfig(
         do_sample=True, temperature=1.0, top_k=50, top_p=0.95, ras_win_len=7, ras_win_max_num_repeat=2,
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
+        _from_model_config=False,  # else loading it drops the ras_* settings
     )  # fmt: skip
 
 

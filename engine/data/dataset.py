@@ -7,7 +7,7 @@ that names row and file, before any training; nothing is left out unless `drop_l
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers import HiggsAudioV2Config
 
 from engine.config import Settings
 from engine.data.audio import AudioError, content_key
-from engine.data.chatml import ChatMLSample, read_chatml
+from engine.data.chatml import Audio, ChatMLSample, read_chatml
 from engine.data.codec import Codec, CodeCache, codec_identity, encode_missing
 from engine.data.labels import Sample, StreamIds, merge
 from engine.data.prompts import Layout, LayoutError, Prompt, PromptTokenizer
@@ -93,8 +93,9 @@ def prepare(data_file: str, settings: Settings, tokenizer, config: HiggsAudioV2C
             prompt = tokenize(layout.apply(row))
         except LayoutError as error:
             problems.append(f"row {row.row}: {error}")
+            problems += _recording_problems(row, row.audios, audio_problems)
             continue
-        row_problems = _row_problems(row, prompt, keys, audio_problems)
+        row_problems = _row_problems(row, prompt, audio_problems)
         problems += row_problems
         if not row_problems:
             clips = [_cached(cache, codes, keys[audio.recording]) for audio in prompt.audios]
@@ -158,9 +159,13 @@ def _gather(value, world: World) -> list:
     return parts
 
 
-def _row_problems(row: ChatMLSample, prompt: Prompt, keys: dict, audio_problems: dict) -> list[str]:
-    used = [audio.recording for audio in prompt.audios]
-    problems = [f"row {row.row}: {audio_problems[r]}" for r in dict.fromkeys(used) if r in audio_problems]
+def _recording_problems(row: ChatMLSample, audios: Iterable[Audio], audio_problems: dict) -> list[str]:
+    used = dict.fromkeys(audio.recording for audio in audios)
+    return [f"row {row.row}: {audio_problems[recording]}" for recording in used if recording in audio_problems]
+
+
+def _row_problems(row: ChatMLSample, prompt: Prompt, audio_problems: dict) -> list[str]:
+    problems = _recording_problems(row, prompt.audios, audio_problems)
     if not (prompt.labels[1:] >= 0).any() and not any(prompt.trained):
         assistants = [i for i, message in enumerate(row.messages) if message.role == "assistant"]
         if not assistants:

@@ -107,3 +107,17 @@ def merge(prompt: Prompt, codes: list[np.ndarray], special: SpecialTokens, strea
         audio_labels=np.concatenate([empty, *targets]),
         row=row,
     )
+
+
+def codes_of_stream(frames: np.ndarray, stream: StreamIds) -> np.ndarray:
+    """The codes [C, T] inside a generated, delayed stream [n, C] (with its leading BOS frame, or without).
+
+    A codebook's first EOS ends all: later codebooks end as many columns later as they are delayed. What an untrained
+    model may put where no code belongs (BOS or EOS before the end) is clipped to the largest code.
+    """
+    frames = frames[1:] if len(frames) and (frames[0] == stream.bos).all() else frames
+    columns, codebooks = frames.shape
+    ended = np.flatnonzero(frames[:, 0] == stream.eos)
+    length = min(int(ended[0]) if len(ended) else columns, columns - codebooks + 1)
+    codes = [frames[k : k + length, k] for k in range(codebooks)]
+    return np.stack(codes).clip(0, stream.bos - 1).astype(np.int16)

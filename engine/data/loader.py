@@ -39,5 +39,7 @@ def packed_batches(
             num_workers=workers,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            # its own, or making an iterator would draw from the generator of dropout, and a resume would differ
+            generator=torch.Generator(),
         )
     )

@@ -124,7 +124,8 @@ def _texts(sample: ChatMLSample, user: Message) -> tuple[str, str]:
         target = strip_instruction(texts[-1]) if len(texts) > 1 or sample.misc.get("ref_transcript") else None
     for name, key, text in (("the reference", "ref_transcript", reference), ("the target", "target_transcript", target)):
         if not isinstance(text, str) or not text.strip():
-            raise LayoutError(f"no text of {name} → give it as misc.{key} or as a text of the user message")
+            remedy = f"give it as misc.{key} or as a text of the user message, or set prompt_layout: as_written"
+            raise LayoutError(f"no text of {name} → {remedy}")
     return reference, target
 
 

@@ -16,12 +16,8 @@ from engine.errors import ModelError
 
 
 @pytest.fixture(scope="session")
-def codec_path(tmp_path_factory):
-    from engine.data.demo_model import make_codec
-
-    path = tmp_path_factory.mktemp("codec") / "audio_tokenizer"
-    make_codec(path, seed=0)
-    return path
+def codec_path(demo):
+    return demo.audio_tokenizer_path
 
 
 @pytest.fixture(scope="session")

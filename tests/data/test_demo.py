@@ -13,11 +13,6 @@ from engine.data.demo_speech import SENTENCES, VOICES, synthesize
 from engine.errors import DataError
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    return make_demo(tmp_path_factory.mktemp("demo"))
-
-
 @pytest.fixture
 def recordings(tmp_path):
     folder = tmp_path / "voices"

@@ -207,3 +207,38 @@ def test_python_half_names_what_is_missing(tree, tmp_path):
     (other / "engine/cli.py").write_text("import a_package_that_is_missing")
     result = run([sys.executable, other / "launch/train.sh"], tmp_path)
     assert result.returncode == 1 and "a_package_that_is_missing is not installed for" in result.stderr
+
+
+PYTHON_OF_FOUR_GPUS = """#!/bin/bash
+case "$*" in
+    *device_count*) echo 4 ;;
+    *socket*) echo 5555 ;;
+    "- "*) ;;
+    *) echo "mask=${CUDA_VISIBLE_DEVICES-none} accelerator=${DS_ACCELERATOR-none} $*" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({}, ["mask=none accelerator=none", "--num_gpus 4", "--master_port 5555"]),
+        ({"NPROC": "2"}, ["--num_gpus 2"]),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7", "NPROC": "2"}, ["mask=none", "--include localhost:4,5"]),
+        ({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, ["mask=MIG-a,MIG-b", "torch.distributed.run"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["mask= accelerator=cpu", "--num_gpus 2"]),
+        ({"DS_ACCELERATOR": "cpu"}, ["mask= accelerator=cpu", "--num_gpus 2"]),
+        ({"NPROC": "5"}, ["NPROC=5, but 4 GPUs are visible"]),
+    ],
+)
+def test_gpus_are_counted_and_masks_kept(tree, tmp_path, env, words):
+    """On a machine that pretends: its nvidia-smi lists a GPU, its python tells how it was called."""
+    for name, text in [("nvidia-smi", "#!/bin/bash\necho 'GPU 0: H200'\n"), ("python", PYTHON_OF_FOUR_GPUS)]:
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    fake = environment(HIGGS_ENGINE_PYTHON=str(tmp_path / "python"))
+    del fake["DS_ACCELERATOR"]
+    fake.pop("CUDA_VISIBLE_DEVICES", None)
+    command = ["bash", str(tree / "launch/train.sh"), "--config", "x"]
+    result = subprocess.run(command, env=fake | env, capture_output=True, text=True, timeout=30)
+    assert all(word in result.stdout + result.stderr for word in words), result

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from engine.errors import ConfigError, DataError, EngineError
@@ -79,6 +80,19 @@ def test_mpirun():
     assert [found[name] for name in names] == ["1", "2", "1", "127.0.0.1"]
     with pytest.raises(ConfigError, match="-x MASTER_ADDR"):
         launcher_variables(given | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+def test_device(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed._device(1) == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="Process 2 .* 2 are visible"):
+        distributed._device(2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each task of srun sees its own GPU only
+    assert distributed._device(3) == torch.device("cuda", 0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert distributed._device(3) == torch.device("cpu")
 
 
 def test_alone_without_a_launcher(monkeypatch):

@@ -1,0 +1,194 @@
+"""Where settings come from: their declaration, YAML files, flags and `--help`; every mistake is told at once.
+
+Nothing here knows a particular setting: a `Schema` says which names there are, of what type, with what default.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import operator
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+METAVARS = {bool: "[BOOL]", int: "N", float: "X", str: "TEXT", list[str]: "A ...", list[float]: "X ..."}
+
+
+def setting(group: str, default: Any, help: str, *, choices: tuple[str, ...] = (), path: str = "",
+            required: bool = False, **limits: float) -> Any:
+    """A dataclass field with what is known of a setting; `path` is FILE or FOLDER, `limits` are as in `LIMITS`."""
+    rule = " and ".join(f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items())
+    metadata = dict(group=group, default=default, help=help, choices=choices, path=path, required=required,
+                    limits=limits, rule=rule)
+    initial = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(metadata=metadata, **initial)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """The settings by name: `fields` with their metadata, `kinds` of value, and which of them may be None."""
+
+    fields: Mapping[str, dataclasses.Field]
+    kinds: Mapping[str, Any]
+    optional: frozenset[str]
+
+    @classmethod
+    def of(cls, settings: type) -> "Schema":
+        hints = get_type_hints(settings)
+        optional = frozenset(name for name, hint in hints.items() if NoneType in get_args(hint))
+        kinds = {name: get_args(hint)[0] if name in optional else hint for name, hint in hints.items()}
+        return cls({field.name: field for field in dataclasses.fields(settings)}, kinds, optional)
+
+
+class Reading:
+    """What the sources say: `values`, the `problems` met, and the settings that `failed` to be read."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.failed: set[str] = set()
+
+    def read_arguments(self, argv: Iterable[str]) -> None:
+        """Takes a command line, and before its flags, which are stronger, the file that its `--config` names."""
+        flags = self._split_flags(argv)
+        configs = [path for name, path in flags if name == "config"]
+        for path in configs[:1]:
+            self.read_yaml(path)
+        if len(configs) > 1:
+            self.problems.append(f"--config is given {len(configs)} times → keep one; flags override it")
+        for name, value in flags:
+            if name != "config":
+                self._take(name, value, "command line")
+
+    def read_yaml(self, path: str) -> None:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+            node, tree = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+            if tree is not None and not isinstance(tree, dict):
+                raise ValueError("holds no settings")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            what = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else error
+            what = getattr(error, "strerror", None) or what
+            self.problems.append(f"{path}: {what} → give a YAML file of 'name: value' lines")
+            self.failed.update(self.schema.fields)
+            return
+        lines: dict[str, int] = {}
+        for key, _ in node.value if tree else ():
+            line = key.start_mark.line + 1
+            if lines.setdefault(key.value, line) != line:
+                first = lines[key.value]
+                self.problems.append(f"{path}: line {line}: {key.value} is also on line {first} → keep one")
+        for name, value in (tree or {}).items():
+            self._take(str(name), value, path)
+
+    def _take(self, name: str, value: Any, source: str) -> None:
+        if name in self.schema.fields:
+            try:
+                self.values[name] = _convert(self.schema, name, value)
+            except ValueError as error:
+                self.problems.append(f"{source}: {name}: {error}")
+                self.failed.add(name)
+            return
+        close = difflib.get_close_matches(name, self.schema.fields, n=3, cutoff=0.7)
+        remedy = f"did you mean {' or '.join(close)}?" if close else "--help lists every setting"
+        if isinstance(value, dict):
+            remedy = "the settings have no sections: write what it holds at the top level"
+        where = "on the command line" if source == "command line" else f"in {source}"
+        self.problems.append(f"unknown setting {name!r} {where} → {remedy}")
+
+    def _split_flags(self, argv: Iterable[str]) -> list[tuple[str, str]]:
+        """The (name, value) pairs of a command line, `config` among them, in its order."""
+        flags, tokens, kinds = [], deque(argv), {**self.schema.kinds, "config": str, "local_rank": int}
+        while tokens:
+            token = tokens.popleft()
+            flag, equals, text = token.removeprefix("--").partition("=")
+            name = flag.replace("-", "_")
+            if not token.startswith("--"):
+                self.problems.append(f"{token!r} follows no flag → write --NAME VALUE, spaces in quotes")
+                continue
+            if name.startswith("no_") and kinds.get(name[3:]) is bool and not equals:
+                flags.append((name[3:], "false"))
+                continue
+            # An unknown flag takes all that follows, like a list, so that one mistake is not told twice.
+            kind, values = kinds.get(name, list[str]), [text] if equals else []
+            most = 0 if equals else len(tokens) if get_origin(kind) is list else 1
+            while tokens and len(values) < most and not tokens[0].startswith("--"):
+                values.append(tokens.popleft())
+            if not values and kind is not bool and name in kinds:
+                self.problems.append(f"command line: {name}: no value follows → write --{name} VALUE")
+                self.failed.add(name)
+            elif name != "local_rank":  # added by launchers; the rank itself comes from the environment
+                flags.append((name, ",".join(values or ["true"])))
+        return flags
+
+
+def help_text(prog: str, schema: Schema, groups: Mapping[str, str]) -> str:
+    """`--help`: every setting once, under its group, with its unit, limits and default."""
+    parser = argparse.ArgumentParser(
+        prog=prog, usage="%(prog)s [--config FILE] [--setting VALUE ...]",
+        description="A setting is a flag here and a key of the YAML file; the flag is stronger. A list takes "
+        "values with spaces or commas between them. A true/false setting alone means true, and --no-NAME is "
+        "false. The word none clears a setting that may be empty.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of 'name: value' lines")
+    sections = {group: parser.add_argument_group(group, text) for group, text in groups.items()}
+    for name, field in schema.fields.items():
+        about = field.metadata
+        metavar = about["path"] or METAVARS[schema.kinds[name]]
+        if about["choices"]:
+            metavar = f"{{{','.join(about['choices'])}}}"
+        notes = [about["rule"], "required" if about["required"] else f"default: {_shown(about['default'])}"]
+        text = f"{about['help']} ({'; '.join(filter(None, notes))})".replace("%", "%%")
+        sections[about["group"]].add_argument(f"--{name}", metavar=metavar, help=text)
+    return parser.format_help()
+
+
+def _convert(schema: Schema, name: str, value: Any) -> Any:
+    """`value`, from YAML or as text, in the type of setting `name`; a ValueError says what → remedy."""
+    kind, default = schema.kinds[name], schema.fields[name].metadata["default"]
+    cleared = value is None or isinstance(value, str) and value.lower() in ("null", "none")
+    if cleared and (name in schema.optional or get_origin(kind) is list):
+        return None if name in schema.optional else []
+    if get_origin(kind) is not list:
+        return _scalar(value, kind, "" if default is None else f", such as {_shown(default)}")
+    if isinstance(value, str):
+        value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        value = [part.strip(" '\"") for part in value.split(",") if part.strip()]
+    return [_scalar(item, get_args(kind)[0], "") for item in (value if isinstance(value, list) else [value])]
+
+
+def _scalar(value: Any, kind: type, example: str) -> Any:
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{_shown(value)} is not text → put it in quotes{example}")
+        return value
+    if kind is bool:
+        if str(value).lower() not in TRUTH:
+            raise ValueError(f"{value!r} is neither true nor false → write true or false")
+        return TRUTH[str(value).lower()]
+    try:
+        number = value
+        if isinstance(value, str):  # also from YAML, which takes 1e-4 for text
+            number = int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+        if isinstance(number, bool) or not math.isfinite(number) or kind(number) != number:
+            raise ValueError
+        return kind(number)
+    except (ValueError, TypeError, OverflowError):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{value!r} is not {what} → give {what}{example}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as a user would write it."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,131 @@
+"""The demo: what a newcomer sees first. Data, training, resuming, final weights, and the result speaking in transformers.
+
+Every step is what a user would do: the real launcher, the real commands. Only model, codec and voices are made up.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.config import REPOSITORY, Settings
+from engine.data.demo import Demo, make_demo
+from engine.errors import EngineError
+
+FIRST_STEPS = 60
+"""Steps before the run is interrupted; the second run goes on from its checkpoint to the recipe's end."""
+
+
+def run(folder: Path, recordings: Path | None, extra: list[str]) -> None:
+    """Makes everything below `folder`, trains twice (the second run resumes), and checks the result.
+
+    Args:
+        extra: further settings for both runs, as on the command line.
+    """
+    started = time.perf_counter()
+    folder = folder.resolve()
+    _title("1. a small random Higgs, its codec and recordings")
+    demo = make_demo(folder, recordings)
+    print(f"data {demo.data_file}\nmodel {demo.model_path}\ncodec {demo.audio_tokenizer_path}", flush=True)
+    out = _fresh(folder)
+    _title(f"2. training, {FIRST_STEPS} steps")
+    _train(demo, folder, out, [*extra, "--max_steps", str(FIRST_STEPS)])
+    _title("3. training goes on from the last checkpoint")
+    _train(demo, folder, out, [*extra, "--resume", "auto"])
+    _title("4. the result in plain transformers")
+    settings = Settings.from_yaml(out / "config.yaml")
+    model = _merged(demo, out) if settings.use_lora else out / "model"
+    wav = _speak(model, settings, out)
+    _summary(out, model, wav, time.perf_counter() - started)
+
+
+def _title(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def _fresh(folder: Path) -> Path:
+    number = 1
+    while (folder / f"run-{number}").exists():
+        number += 1
+    return folder / f"run-{number}"
+
+
+def _train(demo: Demo, folder: Path, out: Path, extra: list[str]) -> None:
+    command = ["bash", str(REPOSITORY / "launch" / "train.sh"), "--config", str(REPOSITORY / "launch/recipes/demo.yaml")]
+    command += ["--model_path", str(demo.model_path), "--audio_tokenizer_path", str(demo.audio_tokenizer_path)]
+    command += ["--train_data_file", str(demo.data_file), "--output_dir", str(out)]
+    command += ["--codes_cache_dir", str(folder / "codes"), *extra]
+    print("$", " ".join(command), flush=True)
+    # the same interpreter, in whatever environment the demo runs
+    code = subprocess.run(command, env=os.environ | {"HIGGS_ENGINE_PYTHON": sys.executable}).returncode
+    if code:
+        raise EngineError(f"The training command ended with exit code {code}; its messages are above.")
+
+
+def _merged(demo: Demo, out: Path) -> Path:
+    from engine.checkpoint.merge import merge
+
+    merge(demo.model_path, out / "lora_adapters", out / "merged")
+    return out / "merged"
+
+
+def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
+    """Loads the weights with unmodified transformers and lets them say a sentence of the training data."""
+    import soundfile
+    import torch
+    from transformers import HiggsAudioV2ForConditionalGeneration
+
+    from engine.data.audio import content_key
+    from engine.data.chatml import read_chatml
+    from engine.data.codec import CodeCache, Codec, codec_identity
+    from engine.data.labels import StreamIds, codes_of_stream, merge
+    from engine.data.prompts import Layout, PromptTokenizer
+    from engine.model.weights import load_tokenizer
+
+    model, loading = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        model_folder, use_text_head=True, output_loading_info=True
+    )
+    print(f"missing keys: {len(loading['missing_keys'])}, unexpected keys: {len(loading['unexpected_keys'])}")
+    config = model.config
+    stream = StreamIds(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
+    layout = Layout(settings.prompt_layout, settings.system_prompt, settings.scene)
+    conversation = layout.apply(read_chatml(settings.train_data_file)[0])
+    tokenize = PromptTokenizer(load_tokenizer(model_folder))
+    prompt = tokenize.inference(conversation)
+    cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path))
+    *references, target = (cache.get(content_key(audio.recording)) for audio in conversation.audios)
+    sample = merge(prompt, references, tokenize.special, stream)
+    limit = 2 * target.shape[1]
+    generated = model.generate(
+        input_ids=torch.from_numpy(sample.input_ids).long()[None],
+        audio_input_ids=torch.from_numpy(sample.audio_ids).long()[None],
+        audio_input_ids_mask=torch.ones(1, len(sample.audio_ids), dtype=torch.bool),
+        max_new_tokens=limit,
+        do_sample=False,
+        ras_win_len=None,  # repetition-aware sampling would draw at random
+    )[0, len(sample.audio_ids) :]
+    codes = codes_of_stream(generated.numpy(), stream)
+    frames = min(codes.shape[1], target.shape[1])
+    equal = (codes[:, :frames] == target[:, :frames]).mean()
+    stopped = "stopped by itself" if len(generated) < limit else "did not stop"
+    print(f"said {conversation.messages[-2].texts[0]!r}: {codes.shape[1]} frames (the recording has {target.shape[1]}), {stopped}")
+    print(f"{100 * equal:.0f} % of its codes equal the recording's")
+    wav = out / "spoken.wav"
+    codec = Codec.load(settings.audio_tokenizer_path)
+    soundfile.write(wav, codec.decode(codes), codec.sampling_rate)
+    return wav
+
+
+def _summary(out: Path, model: Path, wav: Path, seconds: float) -> None:
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = steps[0], steps[-1]
+    _title(f"the demo took {seconds:.0f} s")
+    print(f"loss     {first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} at step {last['step']}")
+    for name, path in [("model", model), ("speech", wav), ("metrics", out / "metrics.jsonl"), ("settings", out / "config.yaml")]:
+        print(f"{name:<8} {path}")
+    print("(codec and model are random: the speech is noise that the model has learnt by heart)")
+    train = "bash launch/train.sh --model_path MODEL --audio_tokenizer_path CODEC --train_data_file DATA.json"
+    print(f"next     {train} --output_dir OUT")
+    sys.stdout.flush()

@@ -1,0 +1,113 @@
+"""Streams and labels against a loop that follows the definition, for clips of any length and any codebooks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.labels import StreamIds, codes_of_stream, delayed_labels, delayed_stream, merge
+from engine.data.prompts import IGNORED, Prompt, SpecialTokens
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@st.composite
+def clips(draw):
+    """Codes [C, T] and the ids of their stream; T may be 1."""
+    codebooks, frames = draw(st.integers(1, 9)), draw(st.integers(1, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return rng.integers(0, 1024, (codebooks, frames), np.int16), StreamIds(codebooks)
+
+
+def naive(codes, stream):
+    """Column by column, as the original pads, appends and shifts: BOS, codes, EOS; codebook k is k columns late."""
+    codebooks, frames = codes.shape
+    ids = np.empty((frames + codebooks + 1, codebooks), int)
+    labels = np.full_like(ids, IGNORED)
+    for column in range(len(ids)):
+        for k in range(codebooks):
+            at = column - k  # place in codebook k's own stream: BOS at 0, codes from 1, EOS at frames + 1
+            if at <= 0:
+                ids[column, k] = stream.bos
+            elif at <= frames:
+                ids[column, k] = labels[column, k] = codes[k, at - 1]
+            else:
+                ids[column, k] = stream.eos
+                if at == frames + 1:
+                    labels[column, k] = stream.eos
+    return ids, labels
+
+
+@quick
+@given(clips())
+def test_stream_and_labels_equal_the_definition(clip):
+    ids, labels = naive(*clip)
+    np.testing.assert_array_equal(delayed_stream(*clip), ids)
+    np.testing.assert_array_equal(delayed_labels(*clip), labels)
+    assert delayed_stream(*clip).dtype == delayed_labels(*clip).dtype == np.int16
+
+
+@quick
+@given(clips())
+def test_each_codebook_learns_its_codes_and_to_stop_once(clip):
+    codes, stream = clip
+    labels = delayed_labels(codes, stream)
+    codebooks, frames = codes.shape
+    assert (labels != IGNORED).sum() == codebooks * (frames + 1)
+    for k in range(codebooks):
+        trained = labels[labels[:, k] != IGNORED, k]
+        assert trained.tolist() == [*codes[k].tolist(), stream.eos]
+    assert (labels == stream.eos).sum() == codebooks and stream.bos not in labels
+    assert (labels[0] == IGNORED).all(), "the first column has nothing before it to predict it"
+
+
+@quick
+@given(clips())
+def test_a_label_is_the_id_at_its_own_place(clip):
+    ids, labels = delayed_stream(*clip), delayed_labels(*clip)
+    assert (ids == labels)[labels != IGNORED].all()
+
+
+@quick
+@given(clips())
+def test_codes_come_back_from_their_stream(clip):
+    codes, stream = clip
+    ids = delayed_stream(codes, stream)
+    for begun in (ids, ids[1:]):  # with the leading BOS column, and as a model generates it
+        np.testing.assert_array_equal(codes_of_stream(begun, stream), codes)
+
+
+AUDIO_IN, AUDIO_OUT, SPECIAL = 1, 2, SpecialTokens(1, 2)
+STREAM = StreamIds(codebooks=3)
+
+
+def prompt(ids: list[int], trained: list[bool]) -> Prompt:
+    ids = np.array(ids, np.int32)
+    return Prompt(ids, ids.copy(), (None,) * len(trained), tuple(trained))
+
+
+def codes(frames: int, first: int) -> np.ndarray:
+    return np.arange(first, first + 3 * frames, dtype=np.int16).reshape(3, frames)
+
+
+def test_merge_puts_each_clip_at_its_placeholder():
+    reference, target = codes(2, 0), codes(1, 100)
+    sample = merge(prompt([5, AUDIO_IN, 6, AUDIO_OUT, 7], [False, True]), [reference, target], SPECIAL, STREAM, row=4)
+    # 2 + 4 and 1 + 4 frames; every audio position carries one id
+    assert sample.input_ids.tolist() == [5, *[AUDIO_OUT] * 6, 6, *[AUDIO_OUT] * 5, 7]
+    assert sample.labels.tolist() == [5, *[IGNORED] * 6, 6, *[IGNORED] * 5, 7]
+    streams = [delayed_stream(reference, STREAM), delayed_stream(target, STREAM)]
+    np.testing.assert_array_equal(sample.audio_ids, np.concatenate(streams))
+    assert (sample.audio_labels[:6] == IGNORED).all(), "an untrained clip has a target"
+    np.testing.assert_array_equal(sample.audio_labels[6:], delayed_labels(target, STREAM))
+    assert (sample.row, len(sample), sample.text_targets, sample.audio_targets.tolist()) == (4, 14, 2, [2, 2, 2])
+
+
+def test_merge_without_audio():
+    sample = merge(prompt([5, 6], []), [], SPECIAL, STREAM)
+    assert sample.audio_ids.shape == sample.audio_labels.shape == (0, 3) and len(sample) == 2
+
+
+def test_merge_refuses_another_number_of_clips():
+    with pytest.raises(ValueError, match="1 audio placeholders, but codes of 2 clips"):
+        merge(prompt([AUDIO_OUT], [True]), [codes(1, 0), codes(1, 0)], SPECIAL, STREAM)

@@ -1,0 +1,119 @@
+"""Packing: indices that lead there and back, and the targets that a naive loop over each sample would give."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.data.batches import BatchPlan
+from engine.data.loader import packed_batches
+from engine.data.packing import PackedBatch, empty_sample, pack
+from engine.data.prompts import IGNORED
+from tests.tiny import AUDIO, CODEBOOKS, random_sample
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@st.composite
+def rows(draw):
+    """Samples of all kinds: mixed, text only, audio only, one position, untrained, empty."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    samples = []
+    for _ in range(draw(st.integers(1, 6))):
+        text, audio = draw(st.tuples(st.integers(0, 9), st.integers(0, 9)))
+        trained = draw(st.booleans()), draw(st.booleans())
+        samples.append(random_sample(rng, text, audio, *trained) if text + audio else empty_sample(CODEBOOKS))
+    return samples
+
+
+def naive_targets(samples) -> tuple[dict, dict]:
+    """Place in the sequence -> text target, and -> audio targets, of the position that has to predict it."""
+    text, audio, start = {}, {}, 0
+    for sample in samples:
+        frame = 0
+        for place in range(len(sample)):
+            is_audio = sample.input_ids[place] == AUDIO
+            if place and sample.labels[place] != IGNORED:
+                text[start + place - 1] = int(sample.labels[place])
+            if place and is_audio and (sample.audio_labels[frame] != IGNORED).any():
+                audio[start + place - 1] = sample.audio_labels[frame].tolist()
+            frame += is_audio
+        start += len(sample)
+    return text, audio
+
+
+def packed_targets(packed: PackedBatch) -> tuple[dict, dict]:
+    text_places = packed.to_modality[packed.text_target_rows].tolist()
+    audio_places = packed.to_modality[packed.audio_target_rows].tolist()
+    return (
+        dict(zip(text_places, packed.text_targets.tolist(), strict=True)),
+        dict(zip(audio_places, packed.audio_targets.tolist(), strict=True)),
+    )
+
+
+@quick
+@given(rows())
+def test_the_two_orders_lead_there_and_back(samples):
+    packed = pack(samples, AUDIO)
+    everywhere = torch.arange(packed.tokens)
+    assert torch.equal(packed.to_modality[packed.to_sequence], everywhere)
+    assert torch.equal(packed.to_sequence[packed.to_modality], everywhere)
+
+
+@quick
+@given(rows())
+def test_text_stands_before_audio_and_the_sequence_comes_back(samples):
+    packed = pack(samples, AUDIO)
+    assert len(packed.text_ids) + len(packed.audio_ids) == packed.tokens and AUDIO not in packed.text_ids
+    ids = torch.cat([packed.text_ids, torch.full((len(packed.audio_ids),), AUDIO)])[packed.to_sequence]
+    assert ids.tolist() == [i for s in samples for i in s.input_ids]
+    assert packed.audio_ids.tolist() == [frame for s in samples for frame in s.audio_ids.tolist()]
+
+
+@quick
+@given(rows())
+def test_positions_restart_at_each_sample(samples):
+    packed = pack(samples, AUDIO)
+    lengths = [len(s) for s in samples]
+    assert packed.position_ids[packed.to_sequence].tolist() == [i for n in lengths for i in range(n)]
+    assert packed.sample_lengths == tuple(lengths) and packed.longest == max(lengths)
+    assert packed.sample_ends.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    assert packed.sample_ends.dtype == torch.int32, "flash attention takes no other"
+
+
+@quick
+@given(rows())
+def test_targets_are_those_of_each_sample_alone(samples):
+    assert packed_targets(pack(samples, AUDIO)) == naive_targets(samples)
+
+
+@quick
+@given(rows())
+def test_no_target_crosses_a_sample_and_all_are_counted(samples):
+    packed = pack(samples, AUDIO)
+    last = packed.to_sequence[packed.sample_ends[1:].long() - 1].tolist()
+    assert not set(last) & {*packed.text_target_rows.tolist(), *packed.audio_target_rows.tolist()}
+    assert len(packed.text_targets) == sum(s.text_targets for s in samples)
+    counts = (packed.audio_targets != IGNORED).sum(0)
+    assert counts.tolist() == sum(s.audio_targets for s in samples).tolist()
+
+
+def test_an_empty_row_trains_nothing():
+    packed = pack([empty_sample(CODEBOOKS)], AUDIO)
+    assert (packed.tokens, len(packed.text_targets), len(packed.audio_targets)) == (1, 0, 0)
+    assert packed.audio_ids.shape == (0, CODEBOOKS) and packed.audio_targets.shape == (0, CODEBOOKS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_follows_the_plan_in_order(workers):
+    rng = np.random.default_rng(0)
+    samples = [random_sample(rng, int(text), int(text) % 4) for text in rng.integers(1, 9, 12)]
+    plan = BatchPlan([len(s) for s in samples], max_tokens=20, max_samples=3, micro_batches_per_step=3, epochs=1)
+    wanted = [row for step in plan.steps() for row in step.share(1, 2, plan.rounds(2))]
+    assert () in wanted, "the last step should leave this process without a micro-batch"
+    batches = packed_batches(samples, wanted, audio_token_id=AUDIO, workers=workers, device=torch.device("cpu"))
+    for row, packed in zip(wanted, batches, strict=True):
+        expected = pack([samples[i] for i in row] or [empty_sample(CODEBOOKS)], AUDIO)
+        assert packed.sample_lengths == expected.sample_lengths
+        assert torch.equal(packed.text_ids, expected.text_ids) and torch.equal(packed.audio_ids, expected.audio_ids)
