@@ -1,6 +1,7 @@
 """What is trained: every weight, a chosen part, or LoRA adapters. Decided by name, printed, never a silent nothing."""
 
 import fnmatch
+import warnings
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -65,10 +66,13 @@ def _add_lora(model: nn.Module, settings: Settings) -> PeftModel:
         lora_dropout=settings.lora_dropout,
         target_modules=list(settings.lora_target_modules),
         modules_to_save=list(settings.lora_modules_to_save) or None,
-        base_model_name_or_path=settings.model_path,
     )
-    # low_cpu_mem_usage keeps adapters on the meta device beside the base; all weights are filled later
-    return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    model.name_or_path = settings.model_path  # PEFT writes it into adapter_config.json
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by an attribute of an older name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # low_cpu_mem_usage keeps adapters on the meta device beside the base; all weights are filled later
+        return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
 
 
 def _is_target(module: str, target: str) -> bool:

@@ -1,6 +1,6 @@
 """One rank of the backend comparison: the same ten steps through each backend named, results of rank 0 to a file.
 
-    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3, each with an optional -lora
+    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3_offload, with -lora, -bf16 or -hybrid
 
 The micro-batches of a step are chosen to be awkward: one has text only, one has audio only.
 """
@@ -29,13 +29,14 @@ def micro_batches(step: int) -> list[list]:
 
 
 def settings_for(case: str, model: str, world_size: int) -> Settings:
-    backend, _, lora = case.partition("-")
+    backend, _, variant = case.partition("-")
+    lora = variant == "lora"
     settings = Settings(
         model_path=model, audio_tokenizer_path=model, train_data_file=model,
         backend="deepspeed" if backend.startswith("zero") else backend,
         ds_config=backend if backend.startswith("zero") else "zero2",
-        bf16=False, gradient_checkpointing=True, micro_batches_per_step=MICRO_BATCHES, max_grad_norm=0.5,
-        learning_rate=3e-3, weight_decay=0.01, use_lora=bool(lora), lora_rank=4, lora_dropout=0.0,
+        bf16=variant == "bf16", fsdp_replicas=world_size if variant == "hybrid" else 1, gradient_checkpointing=True, micro_batches_per_step=MICRO_BATCHES, max_grad_norm=0.5,
+        learning_rate=3e-3, weight_decay=0.01, use_lora=lora, lora_rank=4, lora_dropout=0.0,
         lora_modules_to_save=["audio_lm_head"] if lora else [],
     )  # fmt: skip
     return settings.with_resolved(world_size, has_gpu=False)

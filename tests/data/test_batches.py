@@ -48,6 +48,7 @@ def micro_batches(steps) -> list[tuple[int, ...]]:
 @given(cases(max_steps=st.none()))
 def test_every_epoch_has_every_sample_once(case):
     steps = list(case.plan().steps())
+    assert {step.epoch for step in steps} == set(range(case.epochs))
     for epoch in range(case.epochs):
         seen = Counter(i for row in micro_batches(s for s in steps if s.epoch == epoch) for i in row)
         assert seen == Counter(range(len(case.lengths)))

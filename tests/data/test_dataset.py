@@ -1,5 +1,6 @@
 """From a data file to samples: all that is wrong comes in one message, recordings are encoded once, nothing is lost."""
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +113,14 @@ def test_samples_hold_the_codes_of_their_own_recordings(folder):
 
 def test_a_recording_of_many_rows_is_encoded_once(folder, encoded):
     rows = [say("One.", "alto.wav"), say("Two.", "alto.wav"), clone("Three.", "alto.wav", "child.wav")]
-    (folder.path / "copy.wav").write_bytes((folder.path / "alto.wav").read_bytes())
-    first = folder.prepare([*rows, say("Four.", "copy.wav")])
-    assert encoded == [SAMPLES, SAMPLES], "alto and its copy are one recording, child another"
-    again = folder.prepare([*rows, say("Four.", "copy.wav")])
+    content = (folder.path / "alto.wav").read_bytes()
+    (folder.path / "copy.wav").write_bytes(content)
+    embedded = say("Five.", "")
+    embedded["messages"][1]["content"]["raw_audio"] = base64.b64encode(content).decode()
+    rows += [say("Four.", "copy.wav"), embedded]
+    first = folder.prepare(rows)
+    assert encoded == [SAMPLES, SAMPLES], "alto and its copies are one recording, child another"
+    again = folder.prepare(rows)
     assert len(encoded) == 2, "what the cache holds is encoded again"
     assert again.fingerprint == first.fingerprint
 
@@ -192,12 +197,14 @@ def test_samples_over_the_budget_are_listed_or_left_out(folder):
         folder.prepare(rows, max_tokens_per_micro_batch=5, drop_long_samples=True)
 
 
-def test_the_fingerprint_is_of_texts_recordings_order_and_layout(folder):
+def test_the_fingerprint_is_of_all_that_is_trained(folder):
     rows = [clone("One.", "alto.wav", "child.wav"), say("Two.", "child.wav")]
+    rows[1]["messages"].insert(1, {"role": "assistant", "content": "Here it is:"})
     variants = {
         "as it is": (rows, {}),
         "other text": ([rows[0], say("Too.", "child.wav")], {}),
         "other recording": ([rows[0], say("Two.", "alto.wav")], {}),
+        "other start of training": ([rows[0], rows[1] | {"start_index": 2}], {}),
         "other order": (rows[::-1], {}),
         "fewer": (rows[:1], {}),
         "other layout": (rows, dict(prompt_layout="as_written")),
@@ -207,7 +214,7 @@ def test_the_fingerprint_is_of_texts_recordings_order_and_layout(folder):
     assert len(set(prints.values())) == len(variants)
     renamed = folder.path / "renamed.wav"
     (folder.path / "child.wav").rename(renamed)
-    moved = [clone("One.", "alto.wav", "renamed.wav"), say("Two.", str(renamed))]
+    moved = json.loads(json.dumps(rows).replace("child.wav", str(renamed)))
     assert folder.prepare(moved).fingerprint == prints["as it is"], "names are no data"
 
 

@@ -1,0 +1,64 @@
+"""Parameter counts against the model itself; FLOPs against the table worked out by hand for the real model."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HiggsAudioV2Config
+
+from engine.data.packing import pack
+from engine.model.flops import Parameters, active_adapters, peak_flops, step_flops
+from engine.model.initial import build_on_meta
+from engine.model.packed import install
+from tests.tiny import AUDIO, CODEBOOKS, random_sample, tiny_model
+
+REAL = HiggsAudioV2Config(codebook_size=1026)
+
+
+def test_parameters_of_the_real_model():
+    parameters = Parameters.of(REAL)
+    assert parameters == Parameters(
+        active=2_818_572_288, text_head=394_002_432, audio_head=25_214_976, total=5_771_283_456
+    )
+    assert parameters.total == sum(p.numel() for p in build_on_meta(REAL).parameters())
+
+
+@pytest.mark.parametrize("length, gflop", [(512, 17.33), (1024, 17.59), (2048, 18.12), (4096, 19.18), (8192, 21.29)])
+def test_cost_of_an_audio_position(length, gflop):
+    assert step_flops(REAL, [length], 0, length) / length / 1e9 == pytest.approx(gflop, abs=0.005)
+
+
+def test_a_text_target_costs_its_head():
+    assert step_flops(REAL, [100], 1, 0) - step_flops(REAL, [100], 0, 0) == 6 * 3072 * 128_256
+
+
+def test_lora_by_hand():
+    """Rank 16 on all linear layers: per layer 16 x (in + out) of seven matrices."""
+    adapters = 28 * 16 * (2 * 6144 + 2 * 4096 + 3 * 11264)
+    assert active_adapters(REAL, 16) == adapters
+    wanted = 4 * 2_818_572_288 * 1024 + 6 * adapters * 1024 + 516_096 * 1024**2 + 4 * 25_214_976 * 900
+    assert step_flops(REAL, [1024], 0, 900, adapters) == wanted
+    assert active_adapters(REAL, 16, ["q_proj"]) == 28 * 16 * 6144
+
+
+def test_the_model_multiplies_as_much_as_the_formula_says(monkeypatch):
+    """torch's own count of a forward: a third of the formula, but for attention, which it counts unhalved."""
+    import numpy as np
+
+    samples = [random_sample(np.random.default_rng(0), *sizes) for sizes in ((20, 30), (7, 12))]
+    model, batch = install(tiny_model(), "sdpa", False), pack(samples, AUDIO)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch, torch.ones(1), torch.ones(CODEBOOKS))
+    counted = counter.get_flop_counts()["Global"]
+    dense = sum(n for operation, n in counted.items() if "attention" not in str(operation))
+    attention = sum(n for operation, n in counted.items() if "attention" in str(operation))
+    targets = len(batch.text_targets), len(batch.audio_targets)
+    without_attention = step_flops(model.config, [1] * batch.tokens, *targets) - 6 * 2 * 48 * batch.tokens
+    assert dense == without_attention / 3
+    of_attention = step_flops(model.config, batch.sample_lengths, 0, 0) - step_flops(model.config, [1] * batch.tokens, 0, 0)
+    assert attention / 2 == (of_attention + 6 * 2 * 48 * batch.tokens) / 3
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("Some other GPU") is None
