@@ -122,10 +122,10 @@ def _texts(sample: ChatMLSample, user: Message) -> tuple[str, str]:
         reference = texts[0] if len(texts) > 1 else None
     if target is None:
         target = strip_instruction(texts[-1]) if len(texts) > 1 or sample.misc.get("ref_transcript") else None
-    for name, key, text in (("the reference", "ref_transcript", reference), ("the target", "target_transcript", target)):
+    for name, key, text in (("reference", "ref_transcript", reference), ("target", "target_transcript", target)):
         if not isinstance(text, str) or not text.strip():
             remedy = f"give it as misc.{key} or as a text of the user message, or set prompt_layout: as_written"
-            raise LayoutError(f"no text of {name} → {remedy}")
+            raise LayoutError(f"no text of the {name} → {remedy}")
     return reference, target
 
 

@@ -45,6 +45,8 @@ def settings_for(case: str, model: str, world_size: int) -> Settings:
 def run(case: str, model: str, world) -> dict[str, np.ndarray]:
     files = WeightFiles(model)
     engine = HiggsEngine(settings_for(case, model, world.size), world, files, rounds=MICRO_BATCHES // world.size)
+    buffers = {name.split(".")[-1]: b.dtype for name, b in engine.backend.model.named_buffers()}
+    assert buffers["inv_freq"] == torch.float32 and buffers["audio_tokens_offsets"] == torch.int64, buffers
     results: dict[str, list] = {"losses": [], "grad_norms": []}
     for step in range(STEPS):
         samples = micro_batches(step)

@@ -27,7 +27,7 @@ FULL = {"zero0": ["--ds_config", "zero0"], "zero1": ["--ds_config", "zero1"], "z
 def checkpoints(demo, tmp_path_factory):
     """name -> checkpoint-2 of the same short run through each backend, two processes each."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = FULL | {"fsdp-lora": ["--backend", "fsdp", "--use_lora"], "zero3-lora": ["--ds_config", "zero3", "--use_lora"]}
+    runs = FULL | {"zero2-bf16": ["--ds_config", "zero2", "--bf16"], "fsdp-lora": ["--backend", "fsdp", "--use_lora"], "zero3-lora": ["--ds_config", "zero3", "--use_lora"]}
     for name, extra in runs.items():
         run(command(demo, folder / name, *extra, "--max_steps", "2", "--lora_dropout", "0"), world_size=2)
     return {name: folder / name / "checkpoint-2" for name in runs}
@@ -68,6 +68,15 @@ def test_dtype_rounds_once(checkpoints, tmp_path):
     exact, half = (load_file(tmp_path / name / "model.safetensors") for name in ("exact", "half"))
     assert all(torch.equal(half[name], exact[name].bfloat16()) for name in exact)
     assert load(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_a_bf16_run_leaves_bf16_weights_of_its_fp32_masters(checkpoints, tmp_path):
+    left = load_file(checkpoints["zero2-bf16"].parent / "model" / "model.safetensors")
+    consolidate(checkpoints["zero2-bf16"], tmp_path / "masters", dtype="float32")
+    masters = load_file(tmp_path / "masters" / "model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in left.values())
+    assert all(torch.equal(left[name], masters[name].bfloat16()) for name in left)
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values()), "the masters are no finer than bf16"
 
 
 def test_shards(checkpoints, tmp_path, monkeypatch):

@@ -48,6 +48,20 @@ def test_resume_is_bit_identical(case, demo, tmp_path):
         assert got[step] == wanted[step], f"step {step} differs after the resume"
 
 
+def test_config_yaml_alone_repeats_the_run(demo, tmp_path):
+    """Also with another number of processes: the steps are the same, the numbers equal up to rounding."""
+    first, again, alone = (tmp_path / name for name in ("first", "again", "alone"))
+    run(command(demo, first, "--backend", "fsdp"), world_size=2)
+    repeat = ["-m", "engine", "train", "--config", str(first / "config.yaml"), "--output_dir"]
+    run([*repeat, str(again)], world_size=2)
+    assert trajectory(again) == trajectory(first)
+    run([*repeat, str(alone)], world_size=1)
+    wanted, got = trajectory(first), trajectory(alone)
+    assert wanted.keys() == got.keys()
+    for step in wanted:
+        assert got[step] == pytest.approx(wanted[step], rel=1e-4)
+
+
 def test_kill_then_auto_resume(demo, tmp_path):
     """kill -9 of one rank in the middle; `--resume auto` goes on, and the curve is that of an undisturbed run."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"

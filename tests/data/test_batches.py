@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.data.batches import BatchPlan
 
+STEP_LIMITS = st.none() | st.integers(1, 60)
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -29,7 +30,7 @@ class Case:
 
 
 @st.composite
-def cases(draw, max_steps=st.none() | st.integers(1, 60)):
+def cases(draw, max_steps=STEP_LIMITS):
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=120))
     max_tokens = draw(st.none() | st.integers(max(lengths), 150))
     samples = st.integers(1, 9)
