@@ -77,14 +77,14 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--seconds", type=float, default=6.0, metavar="S", help="median length of a clip; two a sample")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and weights")
     run = parser.add_argument_group("run")
-    run.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each forward")
+    run.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each forward")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="where it runs")
     run.add_argument("--dtype", choices=TOLERANCES, default="bf16" if gpu else "fp32", help="of weights and compute")
     run.add_argument(
         "--attention", choices=("auto", *attention.IMPLEMENTATIONS), default="auto", help="kernel of the packed forward"
     )
     run.add_argument(
-        "--native_attention", choices=("sdpa", "flash_attention_2"), default="sdpa", help="that of transformers' forward"
+        "--native_attention", choices=("sdpa", "flash_attention_2"), default="sdpa", help="likewise of transformers"
     )
     run.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON to write; none: named after device and day in benchmarks/results"

@@ -28,9 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name](rest) or 0
     except EngineError as error:
         # of several processes one speaks: the one that knows, or the first
-        if int(os.environ.get("RANK", 0)) == getattr(error, "spokesman", 0):
+        if _rank() == getattr(error, "spokesman", 0):
             print(f"\nhiggs-engine {name}: {error}", file=sys.stderr, flush=True)
         return EXIT_MISTAKE
+
+
+def _rank() -> int:
+    from engine.runtime.distributed import launcher_variables
+
+    return int(launcher_variables(os.environ)["RANK"])
 
 
 def _overview() -> str:
@@ -104,4 +110,3 @@ def _parser(name: str, command: Callable) -> argparse.ArgumentParser:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train, "consolidate": consolidate, "merge": merge, "demo": demo,
 }  # fmt: skip
-

@@ -22,12 +22,21 @@ TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false"
 METAVARS = {bool: "[BOOL]", int: "N", float: "X", str: "TEXT", list[str]: "A ...", list[float]: "X ..."}
 
 
-def setting(group: str, default: Any, help: str, *, choices: tuple[str, ...] = (), path: str = "",
-            required: bool = False, **limits: float) -> Any:
+def setting(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    path: str = "",
+    required: bool = False,
+    **limits: float,
+) -> Any:
     """A dataclass field with what is known of a setting; `path` is FILE or FOLDER, `limits` are as in `LIMITS`."""
     rule = " and ".join(f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items())
-    metadata = dict(group=group, default=default, help=help, choices=choices, path=path, required=required,
-                    limits=limits, rule=rule)
+    metadata = dict(
+        group=group, default=default, help=help, choices=choices, path=path, required=required, limits=limits, rule=rule
+    )
     initial = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(metadata=metadata, **initial)
 
@@ -135,10 +144,12 @@ class Reading:
 def help_text(prog: str, schema: Schema, groups: Mapping[str, str]) -> str:
     """`--help`: every setting once, under its group, with its unit, limits and default."""
     parser = argparse.ArgumentParser(
-        prog=prog, usage="%(prog)s [--config FILE] [--setting VALUE ...]",
+        prog=prog,
+        usage="%(prog)s [--config FILE] [--setting VALUE ...]",
         description="A setting is a flag here and a key of the YAML file; the flag is stronger. A list takes "
         "values with spaces or commas between them. A true/false setting alone means true, and --no-NAME is "
-        "false. The word none clears a setting that may be empty.")
+        "false. The word none clears a setting that may be empty.",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of 'name: value' lines")
     sections = {group: parser.add_argument_group(group, text) for group, text in groups.items()}
     for name, field in schema.fields.items():

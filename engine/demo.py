@@ -1,4 +1,4 @@
-"""The demo: what a newcomer sees first. Data, training, resuming, final weights, and the result speaking in transformers.
+"""The demo, what a newcomer sees first: data, training, resuming, final weights, and the result in transformers.
 
 Every step is what a user would do: the real launcher, the real commands. Only model, codec and voices are made up.
 """
@@ -53,7 +53,12 @@ def _fresh(folder: Path) -> Path:
 
 
 def _train(demo: Demo, folder: Path, out: Path, extra: list[str]) -> None:
-    command = ["bash", str(REPOSITORY / "launch" / "train.sh"), "--config", str(REPOSITORY / "launch/recipes/demo.yaml")]
+    command = [
+        "bash",
+        str(REPOSITORY / "launch" / "train.sh"),
+        "--config",
+        str(REPOSITORY / "launch/recipes/demo.yaml"),
+    ]
     command += ["--model_path", str(demo.model_path), "--audio_tokenizer_path", str(demo.audio_tokenizer_path)]
     command += ["--train_data_file", str(demo.data_file), "--output_dir", str(out)]
     command += ["--codes_cache_dir", str(folder / "codes"), *extra]
@@ -79,7 +84,7 @@ def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
 
     from engine.data.audio import content_key
     from engine.data.chatml import read_chatml
-    from engine.data.codec import CodeCache, Codec, codec_identity
+    from engine.data.codec import Codec, CodeCache, codec_identity
     from engine.data.labels import StreamIds, codes_of_stream, merge
     from engine.data.prompts import Layout, PromptTokenizer
     from engine.model.weights import load_tokenizer
@@ -109,9 +114,9 @@ def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
     codes = codes_of_stream(generated.numpy(), stream)
     frames = min(codes.shape[1], target.shape[1])
     equal = (codes[:, :frames] == target[:, :frames]).mean()
-    stopped = "stopped by itself" if len(generated) < limit else "did not stop"
-    print(f"said {conversation.messages[-2].texts[0]!r}: {codes.shape[1]} frames (the recording has {target.shape[1]}), {stopped}")
-    print(f"{100 * equal:.0f} % of its codes equal the recording's")
+    stopped = "stopped by itself" if len(generated) < limit else "did not stop by itself"
+    print(f"said {conversation.messages[-2].texts[0]!r} and {stopped}")
+    print(f"{codes.shape[1]} frames, the recording has {target.shape[1]}; {100 * equal:.0f} % of its codes equal")
     wav = out / "spoken.wav"
     codec = Codec.load(settings.audio_tokenizer_path)
     soundfile.write(wav, codec.decode(codes), codec.sampling_rate)
@@ -123,7 +128,12 @@ def _summary(out: Path, model: Path, wav: Path, seconds: float) -> None:
     first, last = steps[0], steps[-1]
     _title(f"the demo took {seconds:.0f} s")
     print(f"loss     {first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} at step {last['step']}")
-    for name, path in [("model", model), ("speech", wav), ("metrics", out / "metrics.jsonl"), ("settings", out / "config.yaml")]:
+    for name, path in [
+        ("model", model),
+        ("speech", wav),
+        ("metrics", out / "metrics.jsonl"),
+        ("settings", out / "config.yaml"),
+    ]:
         print(f"{name:<8} {path}")
     print("(codec and model are random: the speech is noise that the model has learnt by heart)")
     train = "bash launch/train.sh --model_path MODEL --audio_tokenizer_path CODEC --train_data_file DATA.json"

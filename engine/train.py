@@ -49,6 +49,7 @@ class Run:
         self._prepare_output()
         torch.manual_seed(settings.seed + world.rank)  # dropout differs between processes
 
+        self.checkpoint = lifecycle.find(settings.resume, self.output_dir, say)
         self.files = WeightFiles(settings.model_path)
         tokenizer = load_tokenizer(settings.model_path)
         _check_tokenizer(self.files, tokenizer)
@@ -57,7 +58,7 @@ class Run:
         if world.is_main:
             write_dropped(self.data, self.output_dir, say)
         self.eval_data = None
-        if settings.eval_data_file:
+        if settings.eval_data_file and not settings.disable_evaluation:
             self.eval_data = prepare(settings.eval_data_file, settings, tokenizer, self.files.config, world)
             say(f"eval: {self.eval_data.describe()}")
 
@@ -90,11 +91,12 @@ class Run:
         steps = len(self.plan.epoch(0))
         say(
             f"plan: {self.total} steps ({steps} an epoch) of {settings.micro_batches_per_step} micro-batch(es), "
-            f"{self.rounds} on each of {self.world.size} process(es); about {sum(self.data.lengths) / steps:,.0f} tokens a step"
+            f"{self.rounds} on each of {self.world.size} process(es); "
+            f"about {sum(self.data.lengths) / steps:,.0f} tokens a step"
         )
         idle = self.rounds * self.world.size - settings.micro_batches_per_step
         if idle:
-            say(f"note: micro_batches_per_step is no multiple of {self.world.size} processes, {idle} idle slot(s) a step")
+            say(f"note: {self.world.size} processes do not divide micro_batches_per_step: {idle} idle slot(s) a step")
         if settings.warmup_steps >= self.total:
             say(f"note: warmup_steps {settings.warmup_steps} is not reached within {self.total} steps")
 
@@ -173,8 +175,8 @@ class Run:
         return Manifest(step, s.backend, self.world.size, s.use_lora, plan, tokens_seen)
 
     def _resume(self) -> tuple[int, int]:
-        """Loads the checkpoint asked for; returns the steps done and tokens seen."""
-        folder = lifecycle.find(self.settings.resume, self.output_dir, self.progress.say)
+        """Loads the checkpoint found; returns the steps done and tokens seen."""
+        folder = self.checkpoint
         if folder is None:
             return 0, 0
         manifest = lifecycle.read_manifest(folder)
@@ -190,7 +192,12 @@ class Run:
             write_shards=self.engine.save, write_once=self._write_once, keep=self.settings.save_total_limit,
         )  # fmt: skip
         if self.world.is_main:
-            state = {"step": step, "total_steps": self.total, "latest": folder.name, "tokens_seen": self.meter.tokens_seen}
+            state = {
+                "step": step,
+                "total_steps": self.total,
+                "latest": folder.name,
+                "tokens_seen": self.meter.tokens_seen,
+            }
             write_atomically(self.output_dir / "trainer_state.json", json.dumps(state, indent=1))
             self.progress.say(f"saved {folder}")
 
@@ -231,8 +238,9 @@ def _check_tokenizer(files: WeightFiles, tokenizer) -> None:
     token = tokenizer.convert_tokens_to_ids("<|AUDIO_OUT|>")
     if token != files.config.audio_token_id or len(tokenizer) > files.config.vocab_size:
         raise ModelError(
-            f"{files.folder}: tokenizer and config.json do not belong together (<|AUDIO_OUT|> is {token}, "
-            f"audio_token_id {files.config.audio_token_id}; {len(tokenizer)} tokens, vocab_size {files.config.vocab_size})."
+            f"{files.folder}: tokenizer and config.json do not belong together: <|AUDIO_OUT|> is {token}, "
+            f"audio_token_id {files.config.audio_token_id}; {len(tokenizer)} tokens, vocab_size "
+            f"{files.config.vocab_size} → take both from the same release."
         )
 
 
@@ -243,5 +251,3 @@ def _next_command(settings: Settings, out: Path) -> str:
             f"--output_path {out.parent / 'merged'}"
         )
     return f"next: HiggsAudioV2ForConditionalGeneration.from_pretrained({str(out)!r}, use_text_head=True)"
-
-

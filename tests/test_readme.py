@@ -9,7 +9,7 @@ from engine.config import FIELDS
 from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
-OTHER_FLAGS = {"help", "config", "recordings", "out", "local-dir", "nproc_per_node", "nnodes"}
+OTHER_FLAGS = {"help", "setting", "config", "recordings", "out", "local-dir", "nproc_per_node", "nnodes"}
 MERGE_FLAGS = {"base_model_path", "lora_adapter_path", "output_path"}
 
 

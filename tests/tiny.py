@@ -33,4 +33,6 @@ def random_sample(rng, text, audio, label_text=True, label_audio=True):
     audio_ids = rng.integers(0, 34, (audio, CODEBOOKS))
     audio_labels = np.where(label_audio & (rng.random(audio_ids.shape) < 0.8), audio_ids, IGNORED)
     audio_labels[:1] = IGNORED  # as in every real stream: its first column is never a target
-    return Sample(ids.astype(np.int32), labels.astype(np.int32), audio_ids.astype(np.int16), audio_labels.astype(np.int16))
+    return Sample(
+        ids.astype(np.int32), labels.astype(np.int32), audio_ids.astype(np.int16), audio_labels.astype(np.int16)
+    )

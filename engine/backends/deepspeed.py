@@ -60,7 +60,9 @@ def complete_config(settings: Settings, rounds: int) -> dict:
         for key, value in filled.items()
         if key in given and given[key] != value
     ]
-    problems += [f"{key}: the engine sets it itself → remove it" for key in ("optimizer", "scheduler", "fp16") if key in given]
+    problems += [
+        f"{key}: the engine sets it itself → remove it" for key in ("optimizer", "scheduler", "fp16") if key in given
+    ]
     if settings.bf16 and stage == 0:
         problems.append("stage 0 keeps no fp32 master weights in bf16 → use zero1, or bf16: false")
     if problems:

@@ -27,7 +27,9 @@ class FSDPBackend(Backend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.model, self.world, self.max_norm = blueprint.model, world, settings.max_grad_norm
         shards = world.size // settings.fsdp_replicas
-        mesh = init_device_mesh(world.device.type, (settings.fsdp_replicas, shards), mesh_dim_names=("replica", "shard"))
+        mesh = init_device_mesh(
+            world.device.type, (settings.fsdp_replicas, shards), mesh_dim_names=("replica", "shard")
+        )
         self.shard_group = mesh["shard"].get_group()
         self._shard(blueprint, settings, mesh if settings.fsdp_replicas > 1 else mesh["shard"])
         self.model.to_empty(device=world.device)

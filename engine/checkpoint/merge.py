@@ -34,7 +34,9 @@ def merge(base_model_path: Path, lora_adapter_path: Path, output_path: Path, dty
         adapter = Path(lora_adapter_path)
         if (adapter / MANIFEST).is_file():
             if consolidate(adapter, Path(scratch) / "adapter") != "adapter":
-                raise ModelError(f"{adapter}: the checkpoint of a full run has no adapter → use `higgs-engine consolidate`.")
+                raise ModelError(
+                    f"{adapter}: the checkpoint of a full run has no adapter → use `higgs-engine consolidate`."
+                )
             adapter = Path(scratch) / "adapter"
         merged = _merged_weights(files, adapter)
         side_files = Path(scratch) / "side"
@@ -59,11 +61,15 @@ def _merged_weights(files: WeightFiles, adapter: Path) -> dict[str, torch.Tensor
     fill(model, weights, torch.device("cpu"), torch.float32)
     rebuild_buffers(model, torch.device("cpu"))
     if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter}: no adapter_config.json there → give the folder of an adapter or a LoRA checkpoint.")
+        raise ModelError(
+            f"{adapter}: no adapter_config.json there → give the folder of an adapter or a LoRA checkpoint."
+        )
     try:
         wrapped = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"{adapter}: the adapter does not fit {files.folder}: {error}") from None
     if not any(p.any() for name, p in wrapped.named_parameters() if ".lora_B." in name or ".modules_to_save." in name):
-        raise ModelError(f"{adapter}: the adapter changes nothing (all its B matrices are zero) → it was never trained.")
+        raise ModelError(
+            f"{adapter}: the adapter changes nothing (all its B matrices are zero) → it was never trained."
+        )
     return {name: tensor.detach() for name, tensor in wrapped.merge_and_unload().named_parameters()}

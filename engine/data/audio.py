@@ -71,6 +71,8 @@ class Recording:
             return Path(self.path).open("rb")
         except FileNotFoundError:
             raise AudioError(f"{self.path}: no such file") from None
+        except ValueError:
+            raise AudioError(f"{self.path!r}: not a file name") from None
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be read: {error.strerror}") from None
 
@@ -161,9 +163,7 @@ def _resample(recording: Recording, wave: np.ndarray, rate: int, sampling_rate: 
         return wave
     common = math.gcd(rate, sampling_rate)
     if (rate // common) * (sampling_rate // common) > _LARGEST_RESAMPLER:
-        raise AudioError(
-            f"{recording}: cannot be resampled from {rate} Hz; convert the file to {sampling_rate} Hz"
-        )
+        raise AudioError(f"{recording}: cannot be resampled from {rate} Hz; convert the file to {sampling_rate} Hz")
     # Here, for they take seconds to import, and neither a header nor a file of the right rate needs them.
     import torch
     import torchaudio

@@ -11,7 +11,7 @@ rows are nearly full while any sample can meet any other.
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -101,7 +101,7 @@ class BatchPlan:
         """Micro-batches that each process runs in every step."""
         return -(-self.micro_batches_per_step // world_size)
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         if self.max_steps is not None:
             return self.max_steps

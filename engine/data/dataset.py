@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
+from tqdm import tqdm
 from transformers import HiggsAudioV2Config
 
 from engine.config import Settings
@@ -81,8 +82,9 @@ def prepare(data_file: str, settings: Settings, tokenizer, config: HiggsAudioV2C
         ModelError: the codec cannot be loaded or has another number of codebooks.
     """
     rows = read_chatml(data_file)
+    cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path))
     keys, audio_problems = _content_keys(rows, world)
-    cache = _encode(rows, keys, audio_problems, settings, config, world)
+    audio_problems |= _encode(keys, cache, settings, config, world)
     tokenize = PromptTokenizer(tokenizer)
     layout = Layout(settings.prompt_layout, settings.system_prompt, settings.scene, settings.train_reference)
     stream = StreamIds(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
@@ -110,7 +112,8 @@ def _content_keys(rows: list[ChatMLSample], world: World) -> tuple[dict, dict]:
     """Recording -> content key, and recording -> what is wrong; each process reads a share of the files."""
     recordings = list(dict.fromkeys(audio.recording for row in rows for audio in row.audios))
     keys, problems = {}, {}
-    for recording in recordings[world.rank :: world.size]:
+    share = recordings[world.rank :: world.size]
+    for recording in tqdm(share, desc="hash", unit="file", disable=not world.is_main or len(share) < 1000):
         try:
             keys[recording] = content_key(recording)
         except AudioError as error:
@@ -123,8 +126,8 @@ def _content_keys(rows: list[ChatMLSample], world: World) -> tuple[dict, dict]:
     return keys, problems
 
 
-def _encode(rows, keys, problems, settings: Settings, config: HiggsAudioV2Config, world: World) -> CodeCache:
-    """Fills the cache; adds to `problems` what cannot be encoded."""
+def _encode(keys: dict, cache: CodeCache, settings: Settings, config: HiggsAudioV2Config, world: World) -> dict:
+    """Fills the cache with what it lacks; recording -> what is wrong with it."""
 
     def load() -> Codec:
         codec = Codec.load(settings.audio_tokenizer_path, world.device)
@@ -135,9 +138,8 @@ def _encode(rows, keys, problems, settings: Settings, config: HiggsAudioV2Config
             )
         return codec
 
-    error, found, cache = None, [], None
+    error, found = None, []
     try:
-        cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path))
         distinct = {key: recording for recording, key in sorted(keys.items(), key=lambda item: str(item[0]))}
         found = encode_missing(
             distinct, load, cache, batch_seconds=settings.codec_batch_seconds,
@@ -149,8 +151,7 @@ def _encode(rows, keys, problems, settings: Settings, config: HiggsAudioV2Config
         error = other
     raise_together(world, error)
     failed = dict(found if world.size == 1 else [item for part in _gather(found, world) for item in part])
-    problems |= {recording: failed[key] for recording, key in keys.items() if key in failed}
-    return cache
+    return {recording: failed[key] for recording, key in keys.items() if key in failed}
 
 
 def _gather(value, world: World) -> list:

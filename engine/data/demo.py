@@ -69,9 +69,7 @@ def make_demo(folder: str | Path, recordings: str | Path | None = None, seed: in
     return Demo(data_file, model_path, codec_path)
 
 
-def write_demo_data(
-    folder: str | Path, recordings: str | Path | None = None, *, clips_per_voice: int = 5
-) -> Path:
+def write_demo_data(folder: str | Path, recordings: str | Path | None = None, *, clips_per_voice: int = 5) -> Path:
     """Writes voice-cloning samples in ChatML and returns its JSON file: `demo.json` or `recordings.json`.
 
     Without `recordings`, each of the four synthetic voices speaks `clips_per_voice` sentences of 1 to 3 s
@@ -113,9 +111,7 @@ def write_demo_data(
 def _speak(folder: Path, clips_per_voice: int) -> list[list[_Clip]]:
     """Synthesizes what is missing of `folder/audio`; the clips of each voice."""
     if clips_per_voice < 2:
-        raise ValueError(
-            f"clips_per_voice is {clips_per_voice}; each clip needs another as its reference: 2 or more"
-        )
+        raise ValueError(f"clips_per_voice is {clips_per_voice}; each clip needs another as its reference: 2 or more")
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     voices = []
     for number, voice in enumerate(sorted(VOICES)):

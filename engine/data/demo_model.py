@@ -244,9 +244,7 @@ def make_model(
     """
     heads, remainder = divmod(hidden_size, 32)
     if heads < 1 or remainder:
-        raise ValueError(
-            f"hidden_size is {hidden_size}; it must be a multiple of 32, the width of an attention head"
-        )
+        raise ValueError(f"hidden_size is {hidden_size}; it must be a multiple of 32, the width of an attention head")
     token_id = tokenizer.convert_tokens_to_ids
     config = HiggsAudioV2Config(
         vocab_size=len(tokenizer),

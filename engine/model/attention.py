@@ -58,7 +58,9 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds
     outputs = []
     for parts in zip(*(t.split(bounds.lengths) for t in (q, k, v)), strict=True):
         qs, ks, vs = (part.transpose(0, 1).unsqueeze(0) for part in parts)
-        out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            qs, ks, vs, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 

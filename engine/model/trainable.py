@@ -57,7 +57,9 @@ def _add_lora(model: nn.Module, settings: Settings) -> PeftModel:
             problems.append(f"lora_target_modules: {heads[0]} is trained whole → put it into lora_modules_to_save")
     for name in settings.lora_modules_to_save:
         if not any(_is_target(module, name) for module in modules):
-            problems.append(f"lora_modules_to_save: {name!r} matches no module → e.g. audio_lm_head, embed_audio_tokens")
+            problems.append(
+                f"lora_modules_to_save: {name!r} matches no module → e.g. audio_lm_head, embed_audio_tokens"
+            )
     if problems:
         raise ConfigError("LoRA:", problems)
     config = LoraConfig(

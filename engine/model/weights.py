@@ -203,7 +203,9 @@ def load_tokenizer(folder: str | Path):
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds
-        raise ModelError(f"{folder}: no usable tokenizer ({error}) → copy tokenizer.json and its config there.") from None
+        raise ModelError(
+            f"{folder}: no usable tokenizer ({error}) → copy tokenizer.json and its config there."
+        ) from None
     needed = ["<|AUDIO|>", "<|AUDIO_OUT|>", "<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>"]
     needed += ["<|reserved_special_token_6|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
     needed += ["<|eot_id|>", "<|eom_id|>"]

@@ -52,9 +52,7 @@ def _refuse(function: Callable) -> Callable:
 
 
 class _ExtensionFinder(MetaPathFinder):
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _EXTENSION:
             return None
         spec = PathFinder.find_spec(name, path, target)

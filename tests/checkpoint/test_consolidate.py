@@ -27,7 +27,11 @@ FULL = {"zero0": ["--ds_config", "zero0"], "zero1": ["--ds_config", "zero1"], "z
 def checkpoints(demo, tmp_path_factory):
     """name -> checkpoint-2 of the same short run through each backend, two processes each."""
     folder = tmp_path_factory.mktemp("runs")
-    runs = FULL | {"zero2-bf16": ["--ds_config", "zero2", "--bf16"], "fsdp-lora": ["--backend", "fsdp", "--use_lora"], "zero3-lora": ["--ds_config", "zero3", "--use_lora"]}
+    runs = FULL | {
+        "zero2-bf16": ["--ds_config", "zero2", "--bf16"],
+        "fsdp-lora": ["--backend", "fsdp", "--use_lora"],
+        "zero3-lora": ["--ds_config", "zero3", "--use_lora"],
+    }
     for name, extra in runs.items():
         run(command(demo, folder / name, *extra, "--max_steps", "2", "--lora_dropout", "0"), world_size=2)
     return {name: folder / name / "checkpoint-2" for name in runs}
@@ -59,7 +63,9 @@ def test_every_backend_gives_the_same_weights(case, checkpoints, demo, tmp_path)
 def test_the_run_leaves_what_consolidate_gives(checkpoints, tmp_path):
     consolidate(checkpoints["zero3"], tmp_path / "out")
     left = load_file(checkpoints["zero3"].parent / "model" / "model.safetensors")
-    assert all(torch.equal(left[name], tensor) for name, tensor in load_file(tmp_path / "out/model.safetensors").items())
+    assert all(
+        torch.equal(left[name], tensor) for name, tensor in load_file(tmp_path / "out/model.safetensors").items()
+    )
 
 
 def test_dtype_rounds_once(checkpoints, tmp_path):
@@ -143,7 +149,9 @@ def test_merge_into_a_base_in_the_original_format(golden_model, tmp_path):
     merged = load(tmp_path / "merged")
     before = native(golden_model).state_dict()
     changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "audio_mlp.up_proj")}
+    assert changed == {
+        f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "audio_mlp.up_proj")
+    }
     assert merged.generation_config.eos_token_id == 1009 and merged.generation_config.ras_win_len == 7
 
 

@@ -16,7 +16,9 @@ WORLD = World(0, 0, 1, torch.device("cpu"))
 
 
 def manifest(step: int, **changes) -> Manifest:
-    return Manifest(**{"step": step, "backend": "none", "world_size": 1, "use_lora": False, "plan": {"seed": 1}} | changes)
+    return Manifest(
+        **{"step": step, "backend": "none", "world_size": 1, "use_lora": False, "plan": {"seed": 1}} | changes
+    )
 
 
 def write(folder: Path, step: int, keep: int | None = None, shards: bytes = b"weights") -> Path:

@@ -68,7 +68,8 @@ def test_full_parameters_through_zero3(demo, few_clips, tmp_path):
 def test_lora_through_fsdp_after_merge(demo, few_clips, tmp_path):
     overfit(
         demo, few_clips, tmp_path / "run", "--backend", "fsdp", "--max_steps", "90", "--learning_rate", "4e-3",
-        "--use_lora", "--lora_rank", "32", "--lora_alpha", "64", "--lora_dropout", "0", "--lora_modules_to_save", "audio_lm_head",
+        "--use_lora", "--lora_rank", "32", "--lora_alpha", "64", "--lora_dropout", "0",
+        "--lora_modules_to_save", "audio_lm_head",
     )  # fmt: skip
     merged = tmp_path / "merged"
     assert not main(

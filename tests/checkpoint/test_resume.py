@@ -31,7 +31,9 @@ def command(demo, out, *extra):
 def trajectory(out):
     """step -> what must be equal to the last bit."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: [line["loss"], *line["codebook_losses"], line["grad_norm"], line["tokens_seen"]] for line in lines}
+    return {
+        line["step"]: [line["loss"], *line["codebook_losses"], line["grad_norm"], line["tokens_seen"]] for line in lines
+    }
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -31,9 +31,7 @@ def test_mono_at_the_wanted_rate_is_returned_bit_for_bit(save):
 
 def test_channels_are_averaged(save):
     left, right = tone(0.1, 24_000), tone(0.1, 24_000, 330)
-    assert np.allclose(
-        read_mono(save(np.stack([left, right], axis=1)), 24_000), (left + right) / 2, atol=1e-7
-    )
+    assert np.allclose(read_mono(save(np.stack([left, right], axis=1)), 24_000), (left + right) / 2, atol=1e-7)
 
 
 @pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
@@ -72,9 +70,7 @@ def test_a_segment_is_cut_before_resampling(save):
     assert np.array_equal(read_mono(Recording(path, offset=0.25, duration=0.5), 24_000), wave[6_000:18_000])
     assert np.array_equal(read_mono(Recording(path, offset=0.25), 24_000), wave[6_000:])
     assert np.array_equal(read_mono(Recording(path, duration=0.5), 24_000), wave), "a mere description"
-    assert np.array_equal(read_mono(Recording(path, offset=0.5, duration=0.55), 24_000), wave[12_000:]), (
-        "rounded up"
-    )
+    assert np.array_equal(read_mono(Recording(path, offset=0.5, duration=0.55), 24_000), wave[12_000:]), "rounded up"
     assert count_samples(Recording(path, offset=0.25, duration=0.5), 48_000) == 24_000
 
 
@@ -100,9 +96,7 @@ def test_every_kind_of_bad_audio_says_what_it_is(save, tmp_path):
     text = tmp_path / "text.wav"
     text.write_text("not a recording")
     truncated = tmp_path / "short.flac"
-    truncated.write_bytes(
-        open(save(tone(1, 24_000), name="b.flac", subtype="PCM_16").path, "rb").read()[:4_000]
-    )
+    truncated.write_bytes(open(save(tone(1, 24_000), name="b.flac", subtype="PCM_16").path, "rb").read()[:4_000])
     (tmp_path / "zero.wav").touch()
     nan = tone(0.1, 24_000)
     nan[5] = np.nan

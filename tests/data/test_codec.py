@@ -42,9 +42,7 @@ def cache(tmp_path):
 def recordings(tmp_path):
     """Content key -> recording, for four files of speech of which two have one length."""
     found = []
-    for number, (voice, rate) in enumerate(
-        zip(sorted(VOICES), (24_000, 24_000, 44_100, 16_000), strict=True)
-    ):
+    for number, (voice, rate) in enumerate(zip(sorted(VOICES), (24_000, 24_000, 44_100, 16_000), strict=True)):
         path = tmp_path / f"{voice}.wav"
         wave = synthesize(voice, SENTENCES[0])[: rate // 2 + 100 * (number > 1)]
         soundfile.write(path, np.stack([wave, 0.5 * wave], axis=1), rate)
@@ -67,9 +65,7 @@ def test_the_layout_is_the_released_one(codec):
     assert (codec.num_codebooks, codec.codebook_size) == (8, 1024)
 
 
-@pytest.mark.parametrize(
-    "samples", [960, 961, 9_600, 9_600 + 119, 9_600 + 400, 9_600 + 631, 9_600 + 959, 24_000]
-)
+@pytest.mark.parametrize("samples", [960, 961, 9_600, 9_600 + 119, 9_600 + 400, 9_600 + 631, 9_600 + 959, 24_000])
 def test_frames_are_the_samples_rounded_up_to_the_hop(codec, samples):
     (encoded,) = codec.encode([synthesize("alto", SENTENCES[0])[:samples]])
     assert encoded.dtype == np.int16 and encoded.shape == (8, -(-samples // 960))
@@ -84,10 +80,7 @@ def test_padding_to_the_hop_is_zeros_at_the_end(codec):
 
 def test_a_batch_gives_what_each_waveform_gives_alone(codec):
     lengths = (24_000, 20_000, 24_000, 19_900, 23_999)  # three padded lengths, 19,900 and 20,000 share one
-    waves = [
-        synthesize(voice, SENTENCES[2])[:n]
-        for voice, n in zip(sorted(VOICES) + ["alto"], lengths, strict=True)
-    ]
+    waves = [synthesize(voice, SENTENCES[2])[:n] for voice, n in zip(sorted(VOICES) + ["alto"], lengths, strict=True)]
     together = codec.encode(waves)
     for wave, encoded in zip(waves, together, strict=True):
         assert np.array_equal(encoded, codec.encode([wave])[0])
@@ -256,8 +249,6 @@ def test_bad_recordings_are_reported_and_the_rest_is_encoded(codec, cache, recor
     }
     problems = encode_missing(bad | recordings, lambda: codec, cache, progress=True)
     assert [key for key, _ in problems] == ["absent", "outside", "silent"]
-    assert all(
-        word in message for word, (_, message) in zip(("no such", "segment", "silent"), problems, strict=True)
-    )
+    assert all(word in message for word, (_, message) in zip(("no such", "segment", "silent"), problems, strict=True))
     assert all(cache.get(key) is not None for key in recordings)
     assert "s of audio" in capsys.readouterr().err

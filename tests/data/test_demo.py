@@ -92,9 +92,7 @@ def test_recordings_are_paired_with_the_next_one(recordings, tmp_path):
         ("cy", "anna"),
     ]
     assert samples[1]["messages"][2]["content"][0]["text"] == "你好。"
-    assert all(
-        Path(item["audio_url"]).is_absolute() for s in samples for item in s["messages"][1]["content"][1:2]
-    )
+    assert all(Path(item["audio_url"]).is_absolute() for s in samples for item in s["messages"][1]["content"][1:2])
 
 
 def test_all_unusable_recordings_are_named(recordings, tmp_path):

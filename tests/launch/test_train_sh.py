@@ -62,9 +62,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(command: list, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     command = [str(word) for word in command]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=90
-    )
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=90)
 
 
 def start(tree: Path, *arguments: str, cwd: Path, **env: str) -> subprocess.Popen:
@@ -137,10 +135,7 @@ def test_one_task_per_node_starts_torchrun_there(tree, tmp_path):
     step = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     step |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "0"}
     step |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "NPROC": "1"}
-    nodes = [
-        start(tree, "--config", "x", cwd=tmp_path, **step, SLURM_PROCID=node, SLURM_NODEID=node)
-        for node in "01"
-    ]
+    nodes = [start(tree, "--config", "x", cwd=tmp_path, **step, SLURM_PROCID=node, SLURM_NODEID=node) for node in "01"]
     workers = told("".join(node.communicate(timeout=90)[0] for node in nodes))
     assert [(worker["RANK"], worker["LOCAL_RANK"], worker["WORLD_SIZE"]) for worker in workers] == [
         ("0", "0", "2"),
