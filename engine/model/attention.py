@@ -76,16 +76,17 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBoun
     from torch.nn.attention.varlen import varlen_attn
 
     n, ends = bounds.longest, bounds.ends
-    gqa = {"enable_gqa": True} if _gqa_is_announced() else {}
-    return varlen_attn(q, k, v, ends, ends, n, n, scale=scale, window_size=(-1, 0), **gqa)
+    return varlen_attn(q, k, v, ends, ends, n, n, scale=scale, **_causal_gqa_options())
 
 
 @cache
-def _gqa_is_announced() -> bool:
-    """torch 2.13's kernel wants grouped-query attention to be asked for, 2.11's takes it unasked."""
+def _causal_gqa_options() -> dict:
+    """How this torch's varlen_attn is told: releases differ in what causality and grouped queries are called."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:

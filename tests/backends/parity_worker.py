@@ -32,14 +32,23 @@ def settings_for(case: str, model: str, world_size: int) -> Settings:
     backend, _, variant = case.partition("-")
     lora = variant == "lora"
     settings = Settings(
-        model_path=model, audio_tokenizer_path=model, train_data_file=model,
+        model_path=model,
+        audio_tokenizer_path=model,
+        train_data_file=model,
         backend="deepspeed" if backend.startswith("zero") else backend,
         ds_config=backend if backend.startswith("zero") else "zero2",
+        fsdp_replicas=world_size if variant == "hybrid" else 1,
         bf16=variant == "bf16",
-        fsdp_replicas=world_size if variant == "hybrid" else 1, gradient_checkpointing=True, micro_batches_per_step=MICRO_BATCHES, max_grad_norm=0.5,
-        learning_rate=3e-3, weight_decay=0.01, use_lora=lora, lora_rank=4, lora_dropout=0.0,
+        gradient_checkpointing=True,
+        micro_batches_per_step=MICRO_BATCHES,
+        max_grad_norm=0.5,
+        learning_rate=3e-3,
+        weight_decay=0.01,
+        use_lora=lora,
+        lora_rank=4,
+        lora_dropout=0.0,
         lora_modules_to_save=["audio_lm_head"] if lora else [],
-    )  # fmt: skip
+    )
     return settings.with_resolved(world_size, has_gpu=False)
 
 
