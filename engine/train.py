@@ -78,7 +78,6 @@ class Run:
                         f"{self.output_dir} holds checkpoints of an earlier run → continue it with --resume auto, "
                         "or give another --output_dir."
                     )
-                self.settings.to_yaml(self.output_dir / "config.yaml")
         except Exception as failure:
             error = failure
         raise_together(self.world, error)
@@ -106,6 +105,7 @@ class Run:
         start, tokens_seen = self._resume()
         self.meter = Meter(self.settings, self.world, self.files.config.num_codebooks, tokens_seen)
         if self.world.is_main:
+            self.settings.to_yaml(self.output_dir / "config.yaml")
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", start)
         batches = self._batches(start)
         self.progress.start(start, self.total)

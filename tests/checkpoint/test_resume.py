@@ -28,11 +28,23 @@ def command(demo, out, *extra):
     ]  # fmt: skip
 
 
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def trajectory(out):
     """step -> what must be equal to the last bit."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        line["step"]: [line["loss"], *line["codebook_losses"], line["grad_norm"], line["tokens_seen"]] for line in lines
+        line["step"]: [line["loss"], *line["codebook_losses"], line["grad_norm"], line["tokens_seen"]]
+        for line in lines(out)
+        if "loss" in line
+    }
+
+
+def evaluations(out):
+    """step -> held-out losses."""
+    return {
+        line["step"]: [line["eval_loss"], *line["eval_codebook_losses"]] for line in lines(out) if "eval_loss" in line
     }
 
 
@@ -51,17 +63,20 @@ def test_resume_is_bit_identical(case, demo, tmp_path):
 
 
 def test_config_yaml_alone_repeats_the_run(demo, tmp_path):
-    """Also with another number of processes: the steps are the same, the numbers equal up to rounding."""
+    """Also with another number of processes: steps and held-out samples are the same, numbers equal up to rounding."""
     first, again, alone = (tmp_path / name for name in ("first", "again", "alone"))
-    run(command(demo, first, "--backend", "fsdp"), world_size=2)
+    held_out = ["--eval_data_file", str(demo.data_file), "--eval_steps", "4"]
+    run(command(demo, first, "--backend", "fsdp", *held_out), world_size=2)
     repeat = ["-m", "engine", "train", "--config", str(first / "config.yaml"), "--output_dir"]
     run([*repeat, str(again)], world_size=2)
-    assert trajectory(again) == trajectory(first)
+    assert trajectory(again) == trajectory(first) and evaluations(again) == evaluations(first)
     run([*repeat, str(alone)], world_size=1)
-    wanted, got = trajectory(first), trajectory(alone)
-    assert wanted.keys() == got.keys()
-    for step in wanted:
-        assert got[step] == pytest.approx(wanted[step], rel=1e-4)
+    for what in (trajectory, evaluations):
+        wanted, got = what(first), what(alone)
+        assert list(wanted) == list(got) == ([4, 6] if what is evaluations else [1, 2, 3, 4, 5, 6])
+        for step in wanted:
+            assert got[step] == pytest.approx(wanted[step], rel=1e-4)
+    assert evaluations(first)[6][0] < evaluations(first)[4][0]
 
 
 def test_kill_then_auto_resume(demo, tmp_path):
