@@ -44,7 +44,6 @@ class Backend(ABC):
         precision: one line for the start-up print.
     """
 
-    name: str
     model: nn.Module
     precision: str
 
@@ -75,36 +74,3 @@ class Backend(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, at the same number of processes."""
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def make_adamw(groups: list[dict], settings: Settings, device: torch.device) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=device.type == "cuda" or None,
-    )
-
-
-def global_norm(gradients: list[torch.Tensor], device: torch.device, group=None) -> torch.Tensor:
-    """Norm over local gradients and, with a group, over the shards of its processes (fp32 scalar).
-
-    Summed in fp64: an fp32 sum over millions of squares is off by 1e-5 and more, which backends would show.
-    """
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
-    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
-    if group is not None:
-        torch.distributed.all_reduce(total, group=group)
-    return total.sqrt().float()
-
-
-def clip_(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
-    """Scales gradients so that their norm is at most `limit`, without asking the device for a number."""
-    if limit > 0 and gradients:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

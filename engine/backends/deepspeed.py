@@ -20,7 +20,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from engine.backends.base import Backend, Blueprint, clip_, global_norm, make_adamw, set_learning_rate
+from engine.backends.base import Backend, Blueprint
+from engine.backends.torch_optimizer import clip_, global_norm, make_adamw, set_learning_rate
 from engine.config import Settings
 from engine.errors import CheckpointError, ConfigError
 from engine.model.initial import fill, fill_module, rebuild_buffers
@@ -71,8 +72,6 @@ def complete_config(settings: Settings, rounds: int) -> dict:
 
 
 class DeepSpeedBackend(Backend):
-    name = "deepspeed"
-
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.world, self.max_norm = world, settings.max_grad_norm
         self.config = complete_config(settings, rounds)

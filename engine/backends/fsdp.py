@@ -5,7 +5,6 @@ bf16. One code path serves one process and many.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,19 +12,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from engine.backends.base import Backend, Blueprint, clip_, global_norm, make_adamw, set_learning_rate
-from engine.backends.tensors import load_tensors, save_tensors
+from engine.backends.base import Blueprint
+from engine.backends.torch_optimizer import TorchBackend, make_adamw
 from engine.config import Settings
 from engine.model.initial import InitialWeights, rebuild_buffers
 from engine.model.trainable import optimizer_groups
 from engine.runtime.distributed import World
 
 
-class FSDPBackend(Backend):
-    name = "fsdp"
-
+class FSDPBackend(TorchBackend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
-        self.model, self.world, self.max_norm = blueprint.model, world, settings.max_grad_norm
+        self.model, self.device, self.max_norm = blueprint.model, world.device, settings.max_grad_norm
+        self.processes = world.size
         shards = world.size // settings.fsdp_replicas
         mesh = init_device_mesh(
             world.device.type, (settings.fsdp_replicas, shards), mesh_dim_names=("replica", "shard")
@@ -56,29 +54,14 @@ class FSDPBackend(Backend):
             fully_shard(layer, **options)
         fully_shard(self.model, **options)
 
-    def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model(*inputs)
-
     def backward(self, loss: torch.Tensor) -> None:
-        (loss * self.world.size).backward()  # FSDP averages over processes, the engine sums
+        (loss * self.processes).backward()  # FSDP averages over processes, the engine sums
 
-    def step(self, learning_rate: float) -> torch.Tensor:
-        gradients = [p.grad.to_local() for p in self.model.parameters() if p.requires_grad]
-        norm = global_norm(gradients, self.world.device, self.shard_group)
-        clip_(gradients, norm, self.max_norm)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+    def local_gradients(self) -> Iterator[torch.Tensor]:
+        return (gradient.to_local() for gradient in super().local_gradients())
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, p.grad.full_tensor()) for name, p in self.model.named_parameters() if p.requires_grad)
-
-    def save(self, folder: Path) -> None:
-        save_tensors(self.model, self.optimizer, folder)
-
-    def load(self, folder: Path) -> None:
-        load_tensors(self.model, self.optimizer, folder)
 
 
 @torch.no_grad()

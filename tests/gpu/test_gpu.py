@@ -4,7 +4,6 @@ Heads are of the real size, 128 wide, three queries to a key, since kernels choo
 """
 
 import importlib.util
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from engine.config import Settings
+from engine.data.labels import Sample
 from engine.data.packing import pack
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.attention import IMPLEMENTATIONS, SampleBounds
@@ -29,7 +29,7 @@ KERNELS = [
     "sdpa",
 ]
 
-LOSS_TOLERANCE = 1e-2
+LOSS_TOLERANCE = 3e-3
 """Relative, of a bf16 loss: a mean over hundreds of targets, each of logits that are rounded by 2^-9."""
 
 GRADIENT_TOLERANCE = 5e-2
@@ -45,7 +45,7 @@ def small_model(device: str, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGe
     """The same weights whatever the device and dtype; rotary frequencies stay fp32, as in training."""
     torch.manual_seed(0)
     config = HiggsAudioV2Config(
-        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
+        vocab_size=512, hidden_size=384, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2, head_dim=128, codebook_size=34, audio_stream_bos_id=32, audio_stream_eos_id=33,
         audio_token_id=AUDIO, audio_delay_token_id=111, audio_bos_token_id=112, pad_token_id=1, eos_token_id=2,
     )  # fmt: skip
@@ -60,12 +60,12 @@ def small_model(device: str, dtype: torch.dtype) -> HiggsAudioV2ForConditionalGe
     return model.to(device)
 
 
-def samples_of(mix: str) -> list:
+def samples_of(mix: str) -> list[Sample]:
     rng = np.random.default_rng(5)
     return [random_sample(rng, *sizes) for sizes in MIXES[mix]]
 
 
-def targets_of(samples: Iterable) -> Targets:
+def targets_of(samples: list[Sample]) -> Targets:
     return Targets(sum(s.text_targets for s in samples), tuple(int(n) for n in sum(s.audio_targets for s in samples)))
 
 
@@ -125,7 +125,7 @@ def train(folder, world: World, steps: int, bf16: bool, sync_debug_mode=lambda m
     small_model("cpu", torch.float32).save_pretrained(folder)
     settings = Settings(model_path=folder, backend="fsdp", bf16=bf16, text_loss_weight=1.0)
     mixes = [samples_of(mix) for mix in MIXES]
-    targets = targets_of(s for samples in mixes for s in samples)
+    targets = targets_of([s for samples in mixes for s in samples])
     engine = HiggsEngine(settings, world, WeightFiles(folder), rounds=len(mixes))
     batches = [pack(samples, AUDIO).to(world.device) for samples in mixes]
     results = [engine.train_step(batches, targets, 1e-3)]  # the first use of kernels and of FSDP may wait

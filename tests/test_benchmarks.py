@@ -1,0 +1,49 @@
+"""The benchmark runs, compares before it times, and reports what its page says it does."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.processes import ROOT
+
+TINY = (
+    "--hidden_size 64 --intermediate_size 96 --layers 2 --heads 2 --kv_heads 1 --head_dim 32 --samples 2 --seconds 2"
+    " --repeats 1 --device cpu --dtype fp32"
+)
+
+
+def benchmark(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.packed_forward", *arguments]
+    # one thread: two of them wait for each other on a busy machine
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_packed_forward(tmp_path):
+    printed = benchmark(*TINY.split(), "--out", str(tmp_path / "result.json"))
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert set(report) == {
+        "date", "hardware", "versions", "settings", "attention", "parameters", "samples", "model_flops", "check",
+        "results",
+    }  # fmt: skip
+    assert report["check"]["passed"]
+    assert set(report["check"]["losses"]) == set(report["results"]) == {"native_padded", "native_packed", "packed"}
+    assert report["samples"]["tokens"] == sum(report["samples"]["lengths"]) > report["samples"]["audio_tokens"] > 0
+    for result in report["results"].values():
+        assert result["tokens_per_second"] > 0 and result["mfu"] is None and len(result["seconds"]) == 1
+    assert "packed (this engine)" in printed
+    # memory does not depend on what else the machine does: no logits of unlabelled positions, no padding
+    memory = {name: result["peak_memory_added_bytes"] for name, result in report["results"].items()}
+    assert memory["packed"] is None or memory["packed"] < memory["native_padded"] / 3
+
+
+def test_published_results_say_where_they_come_from():
+    files = list((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        report = json.loads(file.read_text())
+        assert {"date", "hardware", "versions", "settings", "results"} <= set(report), file.name
+        assert report["check"]["passed"], file.name
