@@ -14,6 +14,7 @@ from engine.model.packed import install
 from engine.model.weights import WeightFiles
 from tests.conftest import GOLDEN
 
+BATCHES = json.loads((GOLDEN / "batches.json").read_text())
 NAMES = [path.stem for path in sorted((GOLDEN / "boson").glob("*.json"))]
 
 
@@ -26,6 +27,19 @@ def model(golden_model):
     fill(model, weights, torch.device("cpu"), torch.float32)
     rebuild_buffers(model, torch.device("cpu"))
     return install(model, "sdpa", recompute_layers=False)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """Converted weights, saved, and loaded by unmodified transformers."""
+    folder = tmp_path_factory.mktemp("exported")
+    model.config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"))
+    native, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        folder, use_text_head=True, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return native.eval()
 
 
 def sums(model, samples):
@@ -46,24 +60,42 @@ def test_packing_all_samples_gives_the_sum_of_their_losses(model, golden_samples
     torch.testing.assert_close(packed, single, rtol=1e-6, atol=1e-4)
 
 
-def test_native_forward_of_the_same_modules_gives_the_golden_logits(model, tmp_path):
-    """Converted weights, saved and loaded by unmodified transformers, give the original's logits."""
-    model.config.save_pretrained(tmp_path)
-    save_model(model, str(tmp_path / "model.safetensors"))
-    native, info = HiggsAudioV2ForConditionalGeneration.from_pretrained(
-        tmp_path, use_text_head=True, output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    data = np.load(GOLDEN / "logits" / "b0_single.npz")
-    is_audio = data["audio_in_mask"] | data["audio_out_mask"]
-    ids = np.where(is_audio, model.config.audio_token_id, data["input_ids"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_our_logits_equal_the_golden_ones(batch, model, golden_samples):
+    data = np.load(GOLDEN / "logits" / f"{batch}.npz")
+    audio_logits = iter(torch.from_numpy(data["audio_logits"]))
+    for row, name in enumerate(BATCHES[batch]):
+        packed = pack([golden_samples[name]], model.config.audio_token_id)
+        with torch.no_grad():
+            hidden = model.model.norm(model._hidden_states(packed))[packed.to_sequence]
+            text, audio = model.text_lm_head(hidden), model.audio_lm_head(hidden).view(len(hidden), 8, -1)
+        real = data["attention_mask"][row].astype(bool)
+        assert_close(text, data["text_logits"][row][real])
+        for position in np.flatnonzero(data["audio_out_mask"][row][real]):
+            assert_close(audio[position], next(audio_logits))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_exported_weights_in_plain_transformers_give_the_golden_logits(batch, exported):
+    data = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / "logits" / f"{batch}.npz").items()
+            if name != "losses"}  # fmt: skip
+    real = data["attention_mask"].bool()
+    is_audio = (data["audio_in_mask"].bool() | data["audio_out_mask"].bool()) & real
+    frames = int(is_audio.sum(1).max())
+    codes = torch.zeros(len(real), frames, 8, dtype=torch.long)
+    filled = torch.arange(frames) < is_audio.sum(1, keepdim=True)
+    codes[filled] = data["stream_ids"][is_audio].long()
     with torch.no_grad():
-        out = native(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(data["attention_mask"]),
-            audio_input_ids=torch.from_numpy(data["stream_ids"][is_audio])[None],
-            audio_input_ids_mask=torch.ones(1, int(is_audio.sum()), dtype=torch.bool),
-        )
-    wanted = torch.from_numpy(data["audio_logits"])
-    got = out.logits[torch.from_numpy(data["audio_out_mask"].astype(bool))].view(wanted.shape)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+        out = exported.model(
+            input_ids=data["input_ids"].masked_fill(is_audio, exported.config.audio_token_id),
+            attention_mask=data["attention_mask"],
+            audio_input_ids=codes if frames else None,
+            audio_input_ids_mask=filled if frames else None,
+        ).last_hidden_state
+        assert_close(exported.text_lm_head(out)[real], data["text_logits"][real])
+        audio = exported.audio_lm_head(out[data["audio_out_mask"].bool() & real])
+    assert_close(audio.view(data["audio_logits"].shape), data["audio_logits"])
+
+
+def assert_close(got, wanted):
+    torch.testing.assert_close(got, torch.as_tensor(wanted), rtol=0, atol=2e-5)
