@@ -19,7 +19,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "flash": ["flash-attn"],  # compiles against the installed torch: pip install --no-build-isolation
-    "kernels": ["liger-kernel"],
+    "kernels": ["liger-kernel"],  # fused norms and SwiGLU; so far only tests/gpu tries them
     "dev": ["pytest", "hypothesis", "ruff"],
 }
 
