@@ -3,7 +3,7 @@
 import fnmatch
 import warnings
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from engine.config import Settings
@@ -70,10 +70,14 @@ def _add_lora(model: nn.Module, settings: Settings) -> PeftModel:
         modules_to_save=list(settings.lora_modules_to_save) or None,
     )
     model.name_or_path = settings.model_path  # PEFT writes it into adapter_config.json
+    return add_adapters(model, config)
+
+
+def add_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """The model in PEFT's wrapper, its new adapters on the meta device like the model, to be filled later."""
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5.23 by an attribute of an older name
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # low_cpu_mem_usage keeps adapters on the meta device beside the base; all weights are filled later
         return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
 
 
