@@ -5,6 +5,10 @@ import os
 import subprocess
 import sys
 
+import torch
+
+from engine.model.initial import build_on_meta
+from engine.model.weights import WeightFiles
 from tests.processes import ROOT
 
 TINY = (
@@ -14,7 +18,7 @@ TINY = (
 
 
 def benchmark(*arguments: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.packed_forward", *arguments]
+    command = [sys.executable, "-m", *arguments]
     # one thread: two of them wait for each other on a busy machine
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -23,7 +27,7 @@ def benchmark(*arguments: str) -> str:
 
 
 def test_packed_forward(tmp_path):
-    printed = benchmark(*TINY.split(), "--out", str(tmp_path / "result.json"))
+    printed = benchmark("benchmarks.packed_forward", *TINY.split(), "--out", str(tmp_path / "result.json"))
     report = json.loads((tmp_path / "result.json").read_text())
     assert set(report) == {
         "date", "hardware", "versions", "settings", "attention", "parameters", "samples", "model_flops", "check",
@@ -38,6 +42,15 @@ def test_packed_forward(tmp_path):
     # memory does not depend on what else the machine does: no logits of unlabelled positions, no padding
     memory = {name: result["peak_memory_added_bytes"] for name, result in report["results"].items()}
     assert memory["packed"] is None or memory["packed"] < memory["native_padded"] / 3
+
+
+def test_random_model(demo, tmp_path):
+    size = "--layers 1 --hidden_size 128 --intermediate_size 64".split()
+    printed = benchmark("benchmarks.random_model", str(tmp_path / "model"), "--tokenizer", str(demo.model_path), *size)
+    files = WeightFiles(tmp_path / "model")
+    files.check({name: tuple(p.shape) for name, p in build_on_meta(files.config).named_parameters()})
+    assert f"{sum(torch.Size(shape).numel() for shape in files.shapes.values()):,} parameters" in printed
+    assert files.read("audio_lm_head.weight").std() > 0.01
 
 
 def test_published_results_say_where_they_come_from():

@@ -80,7 +80,8 @@ def _write_adapter(checkpoint: Path, weights: CheckpointWeights, out: Path, sett
     if empty or not tensors:
         raise CheckpointError(f"{checkpoint}: the checkpoint holds no adapter weights:", empty)
     save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.copy2(checkpoint / "adapter_config.json", draft / "adapter_config.json")
+    shutil.copy(checkpoint / "adapter_config.json", draft)
+    shutil.copymode(draft / "adapter_config.json", draft / "adapter_model.safetensors")
     (draft / "README.md").write_text(
         f"# LoRA adapter for Higgs Audio v2\n\nBase model: `{settings.model_path}`. Rank {settings.lora_rank}, alpha "
         f"{settings.lora_alpha:g}, targets {', '.join(settings.lora_target_modules)}.\n\n"

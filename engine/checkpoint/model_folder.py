@@ -60,7 +60,8 @@ def write_model_folder(
         extra: name -> text of further files.
     """
     draft = reserve(out)
-    shutil.copytree(side_files, draft, dirs_exist_ok=True)
+    for file in side_files.iterdir():
+        shutil.copy(file, draft)
     _set_dtype(draft / "config.json", dtype)
     shards = _plan_shards(shapes, dtype)
     index = {}
@@ -69,6 +70,7 @@ def write_model_folder(
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: read(name).to(dtype).contiguous() for name in names}
         save_file(tensors, draft / file, metadata={"format": "pt"})
+        shutil.copymode(draft / "config.json", draft / file)  # safetensors shuts out everybody but the owner
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(_numel(shape) for shape in shapes.values()) * dtype.itemsize

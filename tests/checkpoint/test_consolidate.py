@@ -68,6 +68,15 @@ def test_the_run_leaves_what_consolidate_gives(checkpoints, tmp_path):
     )
 
 
+def test_files_can_be_read_by_whoever_may_read_the_others(checkpoints, tmp_path):
+    consolidate(checkpoints["fsdp"], tmp_path / "out")
+    consolidate(checkpoints["fsdp-lora"], tmp_path / "adapter")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("")
+    for folder in (tmp_path / "out", tmp_path / "adapter"):
+        assert all(file.stat().st_mode & 0o777 == plain.stat().st_mode & 0o777 for file in folder.iterdir())
+
+
 def test_dtype_rounds_once(checkpoints, tmp_path):
     consolidate(checkpoints["fsdp"], tmp_path / "exact")
     consolidate(checkpoints["fsdp"], tmp_path / "half", dtype="bfloat16")
