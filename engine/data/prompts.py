@@ -116,12 +116,16 @@ def has_seed_shape(sample: ChatMLSample) -> bool:
 
 def _texts(sample: ChatMLSample, user: Message) -> tuple[str, str]:
     """Transcript of the reference and text to speak: from misc where given, else from the user's message."""
-    texts = user.texts
     reference, target = sample.misc.get("ref_transcript"), sample.misc.get("target_transcript")
-    if reference is None:
-        reference = texts[0] if len(texts) > 1 else None
-    if target is None:
-        target = strip_instruction(texts[-1]) if len(texts) > 1 or sample.misc.get("ref_transcript") else None
+    texts = user.texts
+    if len(texts) > 1:
+        written = texts[0], strip_instruction(texts[-1])
+    else:  # a single text is the target if it says so, follows the clip, or is all that is missing
+        asks = strip_instruction(texts[0]) != texts[0] or isinstance(user.content[0], Audio)
+        is_target = asks or (reference is not None and target is None)
+        written = (None, strip_instruction(texts[0])) if is_target else (texts[0], None)
+    reference = written[0] if reference is None else reference
+    target = written[1] if target is None else target
     for name, key, text in (("reference", "ref_transcript", reference), ("target", "target_transcript", target)):
         if not isinstance(text, str) or not text.strip():
             remedy = f"give it as misc.{key} or as a text of the user message, or set prompt_layout: as_written"

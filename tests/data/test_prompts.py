@@ -71,14 +71,17 @@ def test_without_a_scene_the_system_turn_is_its_prompt(scene):
     ({"ref_transcript": None, "target_transcript": "t"}, ("ref", "x"), ["ref", "t"]),
     ({"target_transcript": COLON}, ("ref", "x"), ["ref", COLON]),
     ({}, ("ref", "between", REQUEST + "target"), ["ref", "target"]),
+    ({"target_transcript": "t"}, ("said in the clip",), ["said in the clip", "t"]),
+    ({"ref_transcript": "r"}, ("to say",), ["r", "to say"]),
 ])  # fmt: skip
 def test_texts_come_from_misc_or_else_from_the_message(misc, texts, expected):
     assert user_texts(seed_row(*texts, misc=misc)) == expected
 
 
 @pytest.mark.parametrize("misc, texts, missing", [
-    ({}, ("target",), "the reference"),
-    ({"target_transcript": "t"}, ("target",), "the reference"),
+    ({}, ("said in the clip",), "the target"),
+    ({}, (REQUEST + "target",), "the reference"),
+    ({"target_transcript": "t"}, (REQUEST + "target",), "the reference"),
     ({"ref_transcript": "r", "target_transcript": " "}, ("x", "y"), "the target"),
     ({"ref_transcript": 5}, ("x", "y"), "the reference"),
     ({}, ("ref", REQUEST), "the target"),
