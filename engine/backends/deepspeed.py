@@ -146,11 +146,14 @@ class DeepSpeedBackend(Backend):
 
 
 def consolidated(folder: Path) -> dict[str, torch.Tensor]:
-    """fp32 weights of a checkpoint's DeepSpeed folder, from its masters, without the world that wrote it."""
+    """fp32 weights of a checkpoint's DeepSpeed folder, from its masters, without the world that wrote it.
+
+    Tensors, or DeepSpeed's stand-ins that put one together from all shards when `.contiguous()` is called.
+    """
     states = sorted((folder / FOLDER).glob("*optim_states.pt"))
     if states:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its way through the files
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=FOLDER)
+            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=FOLDER, lazy_mode=True)
     # stage 0 writes the weights themselves, whole
     state = torch.load(folder / FOLDER / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: tensor.float() for name, tensor in state["module"].items()}

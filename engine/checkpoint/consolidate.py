@@ -32,7 +32,7 @@ class CheckpointWeights:
 
             weights = consolidated(folder)
             self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-            self.read: Callable[[str], torch.Tensor] = weights.__getitem__
+            self.read: Callable[[str], torch.Tensor] = lambda name: weights[name].contiguous()
         else:
             self._folder = folder / TENSORS
             self._metadata = dcp.FileSystemReader(self._folder).read_metadata().state_dict_metadata
