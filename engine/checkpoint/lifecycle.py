@@ -8,8 +8,8 @@
       tensors/ | deepspeed/ sharded weights and optimizer state
       rng/rank-0.pt …       random state of each process
 
-A killed run leaves at most a hidden `.checkpoint-N.incomplete`, which the next one removes. Nothing is ever
-overwritten: a folder that has the final name is whole.
+A killed run leaves at most a hidden `.checkpoint-N.incomplete` or `.removed`, which the next save clears. A folder
+that has the final name was whole when it got it.
 """
 
 import json
@@ -74,19 +74,28 @@ def read_manifest(folder: Path) -> Manifest:
 def checkpoints(output_dir: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     found = [p for p in output_dir.iterdir() if NAME.match(p.name)] if output_dir.is_dir() else []
-    return sorted(found, key=lambda p: int(NAME.match(p.name).group(1)))
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(NAME.match(folder.name).group(1))
 
 
 def find(resume: str, output_dir: Path, log: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from: None for `none`, and for `auto` where there is none yet.
 
     Raises:
-        CheckpointError: a checkpoint asked for by path is not complete.
+        CheckpointError: a checkpoint asked for by path is not complete, or is not the last of the output folder.
     """
     if resume == "none":
         return None
     if resume != "auto":
-        read_manifest(Path(resume))
+        step = read_manifest(Path(resume)).step
+        if later := [folder.name for folder in checkpoints(output_dir) if _step(folder) > step]:
+            raise CheckpointError(
+                f"{output_dir} holds checkpoints after {Path(resume).name} ({', '.join(later)}), which this run would "
+                "replace → resume with auto, or give another --output_dir to branch off."
+            )
         return Path(resume)
     for folder in reversed(checkpoints(output_dir)):
         try:
@@ -133,11 +142,9 @@ def save(
     """
     final = output_dir / f"checkpoint-{manifest.step}"
     draft = output_dir / f".checkpoint-{manifest.step}.incomplete"
-    if final.exists():  # resumed from it and at its end again: it is complete, so it stands
-        return final
 
     def reserve() -> None:
-        for left in output_dir.glob(".checkpoint-*.incomplete"):
+        for left in [*output_dir.glob(".checkpoint-*.incomplete"), *output_dir.glob(".checkpoint-*.removed")]:
             shutil.rmtree(left)
         (draft / "rng").mkdir(parents=True)
 
@@ -149,10 +156,13 @@ def save(
             _sync(file)
         write_atomically(draft / MANIFEST, json.dumps(asdict(manifest) | {"files": sizes}, indent=1))
         read_manifest(draft)
+        if final.exists():  # damaged, or the run would have resumed from it
+            _remove(final)
         os.rename(draft, final)
         _sync(output_dir)
         write_atomically(output_dir / "latest", final.name)
-        for old in checkpoints(output_dir)[: -keep or None] if keep else []:
+        others = [folder for folder in checkpoints(output_dir) if folder != final]
+        for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
             _remove(old)
 
     _together(world, reserve if world.is_main else None)
@@ -176,7 +186,7 @@ def _together(world: World, action: Callable[[], object] | None) -> None:
 
 def _remove(folder: Path) -> None:
     """Renamed first: a removal that is cut short leaves no half checkpoint under a final name."""
-    doomed = folder.with_name(f".{folder.name}.incomplete")
+    doomed = folder.with_name(f".{folder.name}.removed")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 

@@ -79,6 +79,31 @@ def test_auto_passes_over_damaged_ones_and_says_so(tmp_path, damage):
         find(str(newest), tmp_path, silent)
 
 
+def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
+    write(tmp_path, 1)
+    (write(tmp_path, 2, shards=b"old") / "shard.bin").write_bytes(b"")
+    assert find("auto", tmp_path, silent) == tmp_path / "checkpoint-1"
+    again = write(tmp_path, 2, keep=1, shards=b"new weights")
+    assert (again / "shard.bin").read_bytes() == b"new weights"
+    assert checkpoints(tmp_path) == [again] and read_manifest(again).step == 2
+
+
+def test_the_one_just_written_is_never_pruned(tmp_path):
+    write(tmp_path, 100)
+    damaged = write(tmp_path, 200)
+    (damaged / "shard.bin").unlink()
+    written = write(tmp_path, 110, keep=1)
+    assert written.exists() and find("auto", tmp_path, silent) == written
+
+
+def test_branching_off_needs_another_folder(tmp_path):
+    early = write(tmp_path, 5)
+    write(tmp_path, 9)
+    with pytest.raises(CheckpointError, match=r"checkpoints after checkpoint-5 \(checkpoint-9\).*--output_dir"):
+        find(str(early), tmp_path, silent)
+    assert find(str(early), tmp_path / "elsewhere", silent) == early
+
+
 def test_auto_without_checkpoints_starts_afresh(tmp_path):
     assert find("auto", tmp_path / "absent", silent) is None
     assert find("none", tmp_path, silent) is None
