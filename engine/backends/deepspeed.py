@@ -87,7 +87,8 @@ class DeepSpeedBackend(Backend):
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         self._materialise(blueprint)
         groups = optimizer_groups(blueprint.model, blueprint.decayed, settings.weight_decay)
-        self.optimizer = make_adamw(groups, settings, world.device)
+        offloaded = "offload_optimizer" in self.config.get("zero_optimization", {})
+        self.optimizer = make_adamw(groups, settings, torch.device("cpu") if offloaded else world.device)
         self.engine, *_ = deepspeed.initialize(
             model=blueprint.model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )

@@ -53,6 +53,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def make_adamw(groups: list[dict], settings: Settings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW for parameters that will be updated on `device`."""
     return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
