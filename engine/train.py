@@ -45,22 +45,17 @@ class Run:
         self.settings, self.world = settings, world
         self.output_dir = Path(settings.output_dir)
         self.progress = Progress(world)
-        say = self.progress.say
         self._prepare_output()
         torch.manual_seed(settings.seed + world.rank)  # dropout differs between processes
 
-        self.checkpoint = lifecycle.find(settings.resume, self.output_dir, say)
+        self.checkpoint = lifecycle.find(settings.resume, self.output_dir, self.progress.say)
         self.files = WeightFiles(settings.model_path)
         tokenizer = load_tokenizer(settings.model_path)
         _check_tokenizer(self.files, tokenizer)
-        self.data = prepare(settings.train_data_file, settings, tokenizer, self.files.config, world)
-        say(f"train: {self.data.describe()}")
-        if world.is_main:
-            write_dropped(self.data, self.output_dir, say)
+        self.data = self._prepare_data("train", settings.train_data_file, tokenizer)
         self.eval_data = None
         if settings.eval_data_file and not settings.disable_evaluation:
-            self.eval_data = prepare(settings.eval_data_file, settings, tokenizer, self.files.config, world)
-            say(f"eval: {self.eval_data.describe()}")
+            self.eval_data = self._prepare_data("eval", settings.eval_data_file, tokenizer)
 
         self.plan = _plan(self.data, settings)
         self.total = self.plan.total_steps
@@ -81,6 +76,13 @@ class Run:
         except Exception as failure:
             error = failure
         raise_together(self.world, error)
+
+    def _prepare_data(self, name: str, file: str, tokenizer) -> Dataset:
+        data = prepare(file, self.settings, tokenizer, self.files.config, self.world)
+        self.progress.say(f"{name}: {data.describe()}")
+        if self.world.is_main:
+            write_dropped(data, self.output_dir / f"dropped_{name}_samples.json", self.progress.say)
+        return data
 
     def _describe(self) -> None:
         say, settings, engine = self.progress.say, self.settings, self.engine

@@ -209,10 +209,10 @@ def _within_budget(data_file: str, samples: list[Sample], settings: Settings) ->
     return kept, lines
 
 
-def write_dropped(dataset: Dataset, folder: Path, log: Callable[[str], None]) -> None:
-    """Names every sample that was left out, in the log (the first few) and in `dropped_samples.json` (all)."""
+def write_dropped(dataset: Dataset, file: Path, log: Callable[[str], None]) -> None:
+    """Names every sample that was left out: the first few in the log, all of them in `file`."""
     if dataset.dropped:
-        (folder / "dropped_samples.json").write_text(json.dumps(dataset.dropped, indent=1))
-        log(f"left out as too long ({len(dataset.dropped)}, all in dropped_samples.json):")
+        file.write_text(json.dumps(dataset.dropped, indent=1))
+        log(f"left out as too long ({len(dataset.dropped)}, all in {file.name}):")
         for line in dataset.dropped[:10]:
             log(f"  {line}")

@@ -189,8 +189,8 @@ def test_samples_over_the_budget_are_listed_or_left_out(folder):
     assert (data.lengths, data.dropped, data.samples[0].row) == ([min(lengths)], listed, 1)
     assert data.describe().endswith("; 2 too long and left out")
     said = []
-    write_dropped(data, folder.path, said.append)
-    assert json.loads((folder.path / "dropped_samples.json").read_text()) == listed
+    write_dropped(data, folder.path / "dropped.json", said.append)
+    assert json.loads((folder.path / "dropped.json").read_text()) == listed
     assert said[0].startswith("left out as too long (2,") and [line.strip() for line in said[1:]] == listed
 
     with pytest.raises(DataError, match="no sample is left to train on; all are over 5 tokens"):
