@@ -1,6 +1,7 @@
 """A training run, top to bottom: settings, data, plan, engine, resume, steps, checkpoints, final weights."""
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from engine.data.batches import BatchPlan, Step
 from engine.data.dataset import FRAMES_PER_SECOND, Dataset, prepare, write_dropped
 from engine.data.loader import packed_batches
 from engine.data.packing import PackedBatch
-from engine.errors import CheckpointError, ModelError
+from engine.errors import CheckpointError, EngineError, ModelError
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.weights import WeightFiles, load_tokenizer
 from engine.observe.metrics import Meter, MetricsFile, losses
@@ -136,11 +137,22 @@ class Run:
         done = step.number + 1
         last = done == self.total
         if done == 1 or done % settings.logging_steps == 0 or last:
-            self._log({"step": done, "epoch": step.epoch, "learning_rate": rate} | self.meter.read())
+            values = self.meter.read()
+            self._require_finite(done, values["loss"], values["grad_norm"])
+            self._log({"step": done, "epoch": step.epoch, "learning_rate": rate} | values)
         if self.eval_data is not None and (done % settings.eval_steps == 0 or last):
             self._evaluate(done)
         if done % settings.save_steps == 0 or last:
+            self._require_finite(done, result.grad_norm.item())
             self._save(done)
+
+    def _require_finite(self, done: int, *values: float) -> None:
+        """Ends a run whose numbers went wrong before anything of it is saved; all processes see the same values."""
+        if not all(map(math.isfinite, values)):
+            raise EngineError(
+                f"step {done}: loss or gradient norm is {', '.join(map(str, values))}, training has diverged → resume "
+                "from the last checkpoint with a lower learning_rate or more warmup_steps, and look at the data."
+            )
 
     def _log(self, values: dict) -> None:
         if self.world.is_main:
