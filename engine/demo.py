@@ -135,7 +135,7 @@ def _summary(out: Path, model: Path, wav: Path, seconds: float) -> None:
         ("settings", out / "config.yaml"),
     ]:
         print(f"{name:<8} {path}")
-    print("(codec and model are random: the speech is noise that the model has learnt by heart)")
+    print("(codec and model are random, so what it has learnt to say is noise)")
     train = "bash launch/train.sh --model_path MODEL --audio_tokenizer_path CODEC --train_data_file DATA.json"
     print(f"next     {train} --output_dir OUT")
     sys.stdout.flush()
