@@ -93,7 +93,7 @@ def merge(argv: list[str]) -> None:
 
 
 def demo(argv: list[str]) -> None:
-    """Trains a small random Higgs on speech-like data that it makes itself, end to end, in about two minutes."""
+    """Trains a small random Higgs on speech-like data that it makes itself, end to end, in about a minute."""
     parser = _parser("demo", demo)
     parser.add_argument("--folder", type=Path, default=Path("output/demo"), help="where everything goes")
     parser.add_argument("--recordings", type=Path, help="folder of name.wav + name.txt to train on instead")

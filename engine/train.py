@@ -57,6 +57,8 @@ class Run:
         self.eval_data = None
         if settings.eval_data_file and not settings.disable_evaluation:
             self.eval_data = self._prepare_data("eval", settings.eval_data_file, tokenizer)
+            steps = _plan(self.eval_data, settings, epochs=1).epoch(0)
+            self.eval_rows = tuple(batch for step in steps for batch in step)
 
         self.plan = _plan(self.data, settings)
         self.total = self.plan.total_steps
@@ -161,9 +163,8 @@ class Run:
 
     def _evaluate(self, done: int) -> None:
         settings, data = self.settings, self.eval_data
-        rows = [batch for step in _plan(data, settings, epochs=1).epoch(0) for batch in step]
-        rounds = -(-len(rows) // self.world.size)
-        mine = Step(0, 0, tuple(rows)).share(self.world.rank, self.world.size, rounds)
+        rounds = -(-len(self.eval_rows) // self.world.size)
+        mine = Step(0, 0, self.eval_rows).share(self.world.rank, self.world.size, rounds)
         token = self.files.config.audio_token_id
         sums = self.engine.evaluate(
             packed_batches(data.samples, mine, audio_token_id=token, workers=0, device=self.world.device)
@@ -195,6 +196,11 @@ class Run:
             return 0, 0
         manifest = lifecycle.read_manifest(folder)
         lifecycle.require_same_run(manifest, self._manifest(0, 0), folder)
+        if manifest.step > self.total:
+            raise CheckpointError(
+                f"{folder}: step {manifest.step} is beyond the {self.total} steps of this run → raise max_steps or "
+                "num_train_epochs."
+            )
         self.engine.load(folder)
         lifecycle.restore_random_state(folder, self.world)
         self.progress.say(f"resumed {folder.name}: step {manifest.step} of {self.total}")

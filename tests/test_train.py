@@ -1,9 +1,31 @@
 """What the loop does when numbers go wrong."""
 
 import json
+import shutil
+
+import pytest
 
 from engine.cli import main
 from tests.checkpoint.test_resume import command
+from tests.processes import run
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_sees_divergence_too(stage, demo, tmp_path):
+    """DeepSpeed reports a norm that is not finite as -1, which is finite."""
+    arguments = command(demo, tmp_path / "out", "--ds_config", stage, "--learning_rate", "1e30", "--save_steps", "1")
+    codes, outputs = run([*arguments, "--logging_steps", "100"], world_size=2, check=False)
+    assert codes == [2, 2] and "training has diverged" in "".join(outputs), outputs
+    saved = [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")]
+    assert saved == ["checkpoint-1"], "the gradients of the first step are finite, those of the second are not"
+
+
+def test_a_checkpoint_beyond_the_end_is_not_taken_for_the_end(demo, tmp_path, capsys):
+    arguments = command(demo, tmp_path / "out", "--backend", "none")[2:]
+    assert main(arguments) == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoint-3")
+    assert main([*arguments, "--resume", "auto", "--max_steps", "3"]) == 2
+    assert "step 6 is beyond the 3 steps of this run → raise max_steps" in capsys.readouterr().err
 
 
 def test_a_diverged_run_stops_and_saves_nothing_of_it(demo, tmp_path, capsys):

@@ -21,24 +21,24 @@ FOLDER = "tensors"
 
 def save_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     writer = dcp.FileSystemWriter(folder / FOLDER, overwrite=False)
-    with _failures_in_words("writing", folder):
+    with failures_in_words("writing", folder):
         dcp.save(_tensors(model, optimizer), storage_writer=writer)
 
 
 def load_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     _create_moments(optimizer)
-    with _failures_in_words("reading", folder):
+    with failures_in_words("reading", folder):
         dcp.load(_tensors(model, optimizer), storage_reader=dcp.FileSystemReader(folder / FOLDER))
 
 
 @contextlib.contextmanager
-def _failures_in_words(doing: str, folder: Path) -> Iterator[None]:
+def failures_in_words(doing: str, folder: Path) -> Iterator[None]:
     """DCP gathers what failed on any process into an exception that is no `Exception`, and raises it on all."""
     try:
         yield
     except CheckpointException as error:
         problems = [f"process {rank}: {failure[0]}" for rank, failure in error.failures.items()]
-        raise CheckpointError(f"{folder}: {doing} weights and optimizer state failed:", problems) from None
+        raise CheckpointError(f"{folder}: {doing} weights or optimizer state failed:", problems) from None
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from engine.backends.tensors import FOLDER as TENSORS
+from engine.backends.tensors import failures_in_words
 from engine.checkpoint.lifecycle import Manifest, read_manifest
 from engine.checkpoint.model_folder import DTYPES, publish, reserve, write_model_folder
 from engine.config import Settings
@@ -43,7 +44,10 @@ class CheckpointWeights:
     def _read(self, name: str) -> torch.Tensor:
         stored = self._metadata[f"model.{name}"]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():  # DCP warns that it loads alone, which is the point
+        with (
+            failures_in_words("reading", self._folder),
+            warnings.catch_warnings(),
+        ):  # DCP warns that it loads alone, which is the point
             warnings.simplefilter("ignore")
             dcp.load({f"model.{name}": tensor}, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
         return tensor
@@ -53,7 +57,8 @@ def consolidate(checkpoint: Path, out: Path, dtype: str = "auto") -> str:
     """Writes the weights of a checkpoint; replaces what stands at `out`.
 
     Args:
-        dtype: float32, bfloat16, float16, or auto: bfloat16 for a run that computed in it, else float32.
+        dtype: float32, bfloat16, float16, or auto: float32 for adapters, which are small and merged in fp32; for
+            models bfloat16 if the run computed in it, else float32.
 
     Returns:
         What was written: "model" or "adapter".
@@ -65,22 +70,24 @@ def consolidate(checkpoint: Path, out: Path, dtype: str = "auto") -> str:
     settings = Settings.from_yaml(checkpoint / "config.yaml")
     weights = CheckpointWeights(checkpoint, manifest)
     if manifest.use_lora:
-        _write_adapter(checkpoint, weights, out, settings)
+        _write_adapter(checkpoint, weights, out, settings, DTYPES["float32" if dtype == "auto" else dtype])
         return "adapter"
     kind = ("bfloat16" if settings.bf16 else "float32") if dtype == "auto" else dtype
     write_model_folder(out, checkpoint / MODEL_FILES, weights.shapes, weights.read, DTYPES[kind])
     return "model"
 
 
-def _write_adapter(checkpoint: Path, weights: CheckpointWeights, out: Path, settings: Settings) -> None:
-    """PEFT's own format; fp32, for adapters are small and are merged in fp32."""
+def _write_adapter(
+    checkpoint: Path, weights: CheckpointWeights, out: Path, settings: Settings, dtype: torch.dtype
+) -> None:
+    """PEFT's own format."""
     draft = reserve(out)
-    tensors = {adapter_name(name): weights.read(name).float().contiguous() for name in weights.shapes}
+    tensors = {adapter_name(name): weights.read(name).to(dtype).contiguous() for name in weights.shapes}
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty or not tensors:
         raise CheckpointError(f"{checkpoint}: the checkpoint holds no adapter weights:", empty)
     save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.copy(checkpoint / "adapter_config.json", draft)
+    shutil.copyfile(checkpoint / "adapter_config.json", draft / "adapter_config.json")
     shutil.copymode(draft / "adapter_config.json", draft / "adapter_model.safetensors")
     (draft / "README.md").write_text(
         f"# LoRA adapter for Higgs Audio v2\n\nBase model: `{settings.model_path}`. Rank {settings.lora_rank}, alpha "

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from engine.checkpoint.consolidate import consolidate
-from engine.checkpoint.lifecycle import MANIFEST
+from engine.checkpoint.lifecycle import MANIFEST, read_manifest
 from engine.checkpoint.model_folder import DTYPES, copy_side_files, require_free, write_model_folder
 from engine.errors import ModelError
 from engine.model.initial import build_on_meta
@@ -40,10 +40,11 @@ def merge(base_model_path: Path, lora_adapter_path: Path, output_path: Path, dty
     with tempfile.TemporaryDirectory() as scratch:
         adapter = Path(lora_adapter_path)
         if (adapter / MANIFEST).is_file():
-            if consolidate(adapter, Path(scratch) / "adapter") != "adapter":
+            if not read_manifest(adapter).use_lora:
                 raise ModelError(
                     f"{adapter}: the checkpoint of a full run has no adapter → use `higgs-engine consolidate`."
                 )
+            consolidate(adapter, Path(scratch) / "adapter")
             adapter = Path(scratch) / "adapter"
         merged = _Merged(files, adapter)
         side_files = Path(scratch) / "side"

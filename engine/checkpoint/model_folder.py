@@ -27,7 +27,7 @@ def copy_side_files(files: WeightFiles, folder: Path) -> None:
     """Tokenizer, processor, chat template, licence and configurations of the base model, in the native format."""
     for file in sorted(files.folder.iterdir()):
         if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
-            shutil.copy2(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)  # not its mode: a base model is often read-only
     files.config.architectures = ["HiggsAudioV2ForConditionalGeneration"]
     files.config.save_pretrained(folder)
     if files.format == "original" or not (folder / "generation_config.json").is_file():
@@ -61,7 +61,7 @@ def write_model_folder(
     """
     draft = reserve(out)
     for file in side_files.iterdir():
-        shutil.copy(file, draft)
+        shutil.copyfile(file, draft / file.name)
     _set_dtype(draft / "config.json", dtype)
     shards = _plan_shards(shapes, dtype)
     index = {}

@@ -13,7 +13,6 @@ import secrets
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -101,22 +100,12 @@ class Codec:
         return self._model.config.hop_length
 
     @property
-    def frame_rate(self) -> float:
-        """Frames in a second."""
-        return self.sampling_rate / self.hop_length
-
-    @property
     def num_codebooks(self) -> int:
         return self._model.config.num_quantizers
 
     @property
     def codebook_size(self) -> int:
         return self._model.config.codebook_size
-
-    @cached_property
-    def identity(self) -> str:
-        """See `codec_identity`."""
-        return codec_identity(self.path)
 
     def encode(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         """Codes of mono waveforms at `sampling_rate`.

@@ -26,6 +26,7 @@ from engine.errors import DataError, ModelError
 from engine.runtime.distributed import World, raise_together, wait_for_all
 
 FRAMES_PER_SECOND = 25
+"""Of the released codec; used for durations in reports only."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,28 @@ def test_files_can_be_read_by_whoever_may_read_the_others(checkpoints, tmp_path)
         assert all(file.stat().st_mode & 0o777 == plain.stat().st_mode & 0o777 for file in folder.iterdir())
 
 
+def test_a_read_only_base_gives_files_that_can_be_written(demo, tmp_path):
+    base = shutil.copytree(demo.model_path, tmp_path / "base")
+    for file in base.iterdir():
+        file.chmod(0o444)
+    side = tmp_path / "side"
+    side.mkdir()
+    model_folder.copy_side_files(WeightFiles(base), side)
+    assert all(file.stat().st_mode & 0o200 for file in side.iterdir())
+
+
+def test_adapters_are_written_in_the_dtype_asked_for(checkpoints, tmp_path):
+    for asked, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        consolidate(checkpoints["fsdp-lora"], tmp_path / asked, dtype=asked)
+        tensors = load_file(tmp_path / asked / "adapter_model.safetensors")
+        assert tensors and all(tensor.dtype == dtype for tensor in tensors.values())
+
+
+def test_merging_a_full_run_is_refused_before_any_work(checkpoints, demo, tmp_path):
+    with pytest.raises(ModelError, match="a full run has no adapter"):
+        merge(demo.model_path, checkpoints["fsdp"], tmp_path / "merged")
+
+
 def test_dtype_rounds_once(checkpoints, tmp_path):
     consolidate(checkpoints["fsdp"], tmp_path / "exact")
     consolidate(checkpoints["fsdp"], tmp_path / "half", dtype="bfloat16")

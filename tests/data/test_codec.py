@@ -61,7 +61,7 @@ def test_loading_leaves_the_random_state_alone(codec_path):
 
 
 def test_the_layout_is_the_released_one(codec):
-    assert (codec.sampling_rate, codec.hop_length, codec.frame_rate) == (24_000, 960, 25)
+    assert (codec.sampling_rate, codec.hop_length) == (24_000, 960)
     assert (codec.num_codebooks, codec.codebook_size) == (8, 1024)
 
 
@@ -112,11 +112,11 @@ def test_stereo_at_another_rate_is_encoded_as_its_mono_resampling(codec, recordi
 
 
 def test_identity_is_of_config_and_weights(codec, codec_path, copied):
-    assert codec.identity == codec_identity(codec_path) == codec_identity(copied)
+    assert codec_identity(codec_path) == codec_identity(copied)
     tensors = load_file(copied / "model.safetensors")
     tensors["fc.bias"] = tensors["fc.bias"] + 1
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
-    assert codec_identity(copied) != codec.identity
+    assert codec_identity(copied) != codec_identity(codec_path)
 
 
 def damage_missing_tensor(folder):
