@@ -123,8 +123,7 @@ class DeepSpeedBackend(Backend):
         set_learning_rate(self.optimizer, learning_rate)
         if self.stage:
             self.engine.step()
-            norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
-            return norm.masked_fill(norm < 0, torch.nan)  # DeepSpeed says -1 where the norm is not finite
+            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = global_norm(gradients, self.world.device)
         clip_(gradients, norm, self.max_norm)
