@@ -83,7 +83,7 @@ def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
     from transformers import HiggsAudioV2ForConditionalGeneration
 
     from engine.data.audio import content_key
-    from engine.data.chatml import read_chatml
+    from engine.data.formats.chatml import read_chatml
     from engine.data.codec import Codec, CodeCache, codec_identity
     from engine.data.labels import StreamIds, codes_of_stream, merge
     from engine.data.prompts import Layout, PromptTokenizer

@@ -27,7 +27,7 @@ def golden_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def golden_samples():
     """name -> exact sample, for every golden ChatML conversation, in the layout `as_written`."""
-    from engine.data.chatml import read_chatml
+    from engine.data.formats.chatml import read_chatml
     from engine.data.labels import StreamIds, merge
     from engine.data.prompts import PromptTokenizer
     from engine.model.weights import load_tokenizer

@@ -18,7 +18,8 @@ from transformers import HiggsAudioV2Config
 
 from engine.config import Settings
 from engine.data.audio import AudioError, content_key
-from engine.data.chatml import Audio, ChatMLSample, read_chatml
+from engine.data.conversation import Audio, Conversation
+from engine.data.formats.chatml import read_chatml
 from engine.data.codec import Codec, CodeCache, codec_identity, encode_missing
 from engine.data.labels import Sample, StreamIds, merge
 from engine.data.prompts import Layout, LayoutError, Prompt, PromptTokenizer
@@ -109,7 +110,7 @@ def prepare(data_file: str, settings: Settings, tokenizer, config: HiggsAudioV2C
     return Dataset.of(kept, dropped)
 
 
-def _content_keys(rows: list[ChatMLSample], world: World) -> tuple[dict, dict]:
+def _content_keys(rows: list[Conversation], world: World) -> tuple[dict, dict]:
     """Recording -> content key, and recording -> what is wrong; each process reads a share of the files."""
     recordings = list(dict.fromkeys(audio.recording for row in rows for audio in row.audios))
     keys, problems = {}, {}
@@ -161,12 +162,12 @@ def _gather(value, world: World) -> list:
     return parts
 
 
-def _recording_problems(row: ChatMLSample, audios: Iterable[Audio], audio_problems: dict) -> list[str]:
+def _recording_problems(row: Conversation, audios: Iterable[Audio], audio_problems: dict) -> list[str]:
     used = dict.fromkeys(audio.recording for audio in audios)
     return [f"row {row.row}: {audio_problems[recording]}" for recording in used if recording in audio_problems]
 
 
-def _row_problems(row: ChatMLSample, prompt: Prompt, audio_problems: dict) -> list[str]:
+def _row_problems(row: Conversation, prompt: Prompt, audio_problems: dict) -> list[str]:
     problems = _recording_problems(row, prompt.audios, audio_problems)
     if not (prompt.labels[1:] >= 0).any() and not any(prompt.trained):
         assistants = [i for i, message in enumerate(row.messages) if message.role == "assistant"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.data.chatml import Audio, ChatMLSample, Message, Text
+from engine.data.conversation import Audio, Conversation, Message, Text
 
 IGNORED = -100
 """Label of a position that is not trained."""
@@ -69,7 +69,7 @@ class Layout:
     scene: str | None = "Audio is recorded from a quiet room."
     train_reference: bool = False
 
-    def apply(self, sample: ChatMLSample) -> ChatMLSample:
+    def apply(self, sample: Conversation) -> Conversation:
         """The conversation as it is trained.
 
         Raises:
@@ -79,7 +79,7 @@ class Layout:
             return sample
         return self._voice_cloning(sample)
 
-    def _voice_cloning(self, sample: ChatMLSample) -> ChatMLSample:
+    def _voice_cloning(self, sample: Conversation) -> Conversation:
         if not has_seed_shape(sample):
             raise LayoutError(
                 "prompt_layout voice_cloning needs one user message with reference audio and texts, and one "
@@ -105,7 +105,7 @@ class Layout:
         return f"{self.system_prompt}\n\n<|scene_desc_start|>\n{self.scene}\n<|scene_desc_end|>"
 
 
-def has_seed_shape(sample: ChatMLSample) -> bool:
+def has_seed_shape(sample: Conversation) -> bool:
     """One user message that carries the reference audio, one assistant message that carries the target."""
     spoken = [m for m in sample.messages if m.role != "system"]
     if [m.role for m in spoken] != ["user", "assistant"]:
@@ -114,7 +114,7 @@ def has_seed_shape(sample: ChatMLSample) -> bool:
     return len(user.audios) == 1 and len(assistant.audios) == 1 and bool(user.texts)
 
 
-def _texts(sample: ChatMLSample, user: Message) -> tuple[str, str]:
+def _texts(sample: Conversation, user: Message) -> tuple[str, str]:
     """Transcript of the reference and text to speak: from misc where given, else from the user's message."""
     reference, target = sample.misc.get("ref_transcript"), sample.misc.get("target_transcript")
     texts = user.texts
@@ -156,7 +156,7 @@ class PromptTokenizer:
         self.special = SpecialTokens.of(tokenizer)
         self._markup: dict[str, list[int]] = {}
 
-    def __call__(self, sample: ChatMLSample) -> Prompt:
+    def __call__(self, sample: Conversation) -> Prompt:
         """Tokens and labels of a whole conversation.
 
         Raises:
@@ -188,7 +188,7 @@ class PromptTokenizer:
             add(self._encode_markup("<|eom_id|>" if assistant and follows == "assistant" else "<|eot_id|>"), trained)
         return Prompt(np.array(ids, np.int32), np.array(labels, np.int32), tuple(audios), tuple(trained_clips))
 
-    def inference(self, sample: ChatMLSample) -> Prompt:
+    def inference(self, sample: Conversation) -> Prompt:
         """The prompt that asks for the last assistant turn: everything before it, its header, `<|audio_out_bos|>`."""
         context = self(replace(sample, messages=sample.messages[:-1], start_index=None))
         cue = self._prefix("assistant", first=False) + self._encode_markup("<|audio_out_bos|>")

@@ -12,7 +12,7 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from engine.cli import main
 from engine.data.audio import content_key
-from engine.data.chatml import read_chatml
+from engine.data.formats.chatml import read_chatml
 from engine.data.codec import CodeCache, codec_identity
 from engine.data.labels import StreamIds, delayed_stream, merge
 from engine.data.prompts import Layout, PromptTokenizer

@@ -56,7 +56,7 @@ def test_every_sample_is_as_the_seed_format_has_it(demo):
 
 
 def test_chatml_reads_the_demo(demo):
-    from engine.data.chatml import read_chatml
+    from engine.data.formats.chatml import read_chatml
 
     samples = read_chatml(demo.data_file)
     assert len(samples) == 20

@@ -4,7 +4,7 @@ import numpy as np
 from transformers import AutoProcessor
 
 from engine.data.audio import read_mono
-from engine.data.chatml import read_chatml
+from engine.data.formats.chatml import read_chatml
 from engine.data.codec import Codec
 from engine.data.labels import StreamIds, merge
 from engine.data.prompts import Layout, PromptTokenizer

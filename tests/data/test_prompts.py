@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.data.audio import Recording
-from engine.data.chatml import Audio, ChatMLSample, Message, Text
+from engine.data.conversation import Audio, Conversation, Message, Text
 from engine.data.prompts import IGNORED, Layout, LayoutError, PromptTokenizer, has_seed_shape, strip_instruction
 from engine.model.weights import load_tokenizer
 from tests.conftest import GOLDEN
@@ -30,7 +30,7 @@ def seed_row(*texts, misc=None, start_index=None, system="Generate speech in the
         Message("user", tuple(content)),
         Message("assistant", (Text("what is said"), TARGET)),
     )
-    return ChatMLSample(messages[not system :], start_index=start_index, misc=misc or {})
+    return Conversation(messages[not system :], start_index=start_index, misc=misc or {})
 
 
 ROW = seed_row("Hello there.", REQUEST + COLON)
@@ -122,7 +122,7 @@ def test_auto_rebuilds_the_seeds_shape():
 
 @pytest.mark.parametrize("shape", OTHER_SHAPES)
 def test_auto_keeps_any_other_shape_as_written(shape):
-    sample = ChatMLSample(OTHER_SHAPES[shape])
+    sample = Conversation(OTHER_SHAPES[shape])
     assert Layout().apply(sample) is sample
     with pytest.raises(LayoutError, match="set prompt_layout: as_written"):
         CLONING.apply(sample)
@@ -156,7 +156,7 @@ def conversation(start_index=None):
         Message("user", (Text("Two?"),)),
         Message("assistant", (Text("Second."), TARGET)),
     )
-    return ChatMLSample(messages, start_index)
+    return Conversation(messages, start_index)
 
 
 FIRST, SECOND = "First.<|eot_id|>", "Second.<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"

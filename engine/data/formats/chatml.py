@@ -15,60 +15,19 @@ import base64
 import binascii
 import difflib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.data.audio import Recording
+from engine.data.conversation import ROLES, Audio, Conversation, Message, Text
 from engine.errors import DataError
 
-ROLES = ("system", "user", "assistant")
 MESSAGE_KEYS = ("role", "content", "recipient")
 TEXT_KEYS = ("type", "text")
 AUDIO_KEYS = ("type", "audio_url", "raw_audio", "duration", "offset", "row_id")
 
 
-@dataclass(frozen=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True)
-class Audio:
-    recording: Recording
-
-
-@dataclass(frozen=True)
-class Message:
-    role: str
-    content: tuple[Text | Audio, ...]
-    recipient: str | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        return [item.text for item in self.content if isinstance(item, Text)]
-
-    @property
-    def audios(self) -> list[Audio]:
-        return [item for item in self.content if isinstance(item, Audio)]
-
-
-@dataclass(frozen=True)
-class ChatMLSample:
-    """One conversation. `start_index`: assistant messages before it are context and are not trained."""
-
-    messages: tuple[Message, ...]
-    start_index: int | None = None
-    speaker: str | None = None
-    misc: dict[str, Any] = field(default_factory=dict)
-    row: int = 0
-
-    @property
-    def audios(self) -> list[Audio]:
-        return [audio for message in self.messages for audio in message.audios]
-
-
-def read_chatml(path: str | Path) -> list[ChatMLSample]:
+def read_chatml(path: str | Path) -> list[Conversation]:
     """All samples of a ChatML JSON file, in file order; `row` counts from 0.
 
     Raises:
@@ -136,12 +95,12 @@ class _RowParser:
                 hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
                 self.problem(f"{where} has an unknown key {key!r} → {hint}")
 
-    def sample(self, row: Any) -> ChatMLSample | None:
+    def sample(self, row: Any) -> Conversation | None:
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
             self.problem("no list of messages → a sample is an object with a non-empty list 'messages'")
             return None
         messages = tuple(self.message(m, f"message {i}") for i, m in enumerate(row["messages"]))
-        return ChatMLSample(
+        return Conversation(
             messages=messages,
             start_index=self.typed(row.get("start_index"), (int,), "start_index", "an integer"),
             speaker=self.typed(row.get("speaker"), (str,), "speaker", "a string"),

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from engine.data.audio import Recording
-from engine.data.chatml import Audio, ChatMLSample, Message, Text, read_chatml
+from engine.data.conversation import Audio, Conversation, Message, Text
+from engine.data.formats.chatml import read_chatml
 from engine.errors import DataError
 
 ANSWER = {"role": "assistant", "content": {"type": "audio", "audio_url": "a.wav"}}
@@ -14,7 +15,7 @@ ANSWER = {"role": "assistant", "content": {"type": "audio", "audio_url": "a.wav"
 
 @pytest.fixture
 def read(tmp_path):
-    def write_and_read(data) -> list[ChatMLSample]:
+    def write_and_read(data) -> list[Conversation]:
         file = tmp_path / "data.json"
         file.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
         return read_chatml(file)
@@ -42,7 +43,7 @@ def test_one_object_is_a_list_of_one(read):
 
 def test_a_row_is_read_in_full(read, tmp_path):
     (sample,) = read(row("a", {"type": "text", "text": "b"}, start_index=1, speaker="anna", misc={"x": 1}, other=2))
-    assert sample == ChatMLSample(
+    assert sample == Conversation(
         messages=(
             Message("user", (Text("a"), Text("b"))),
             Message("assistant", (Audio(Recording(str(tmp_path / "a.wav"))),)),

@@ -1,0 +1,1 @@
+"""Every data format that people have, read into conversations through one interface."""
