@@ -20,6 +20,8 @@ import yaml
 
 from engine import config_sources
 from engine.config_sources import LIMITS, Reading, Schema, setting
+from engine.data.formats import FORMAT_NAMES
+from engine.data.layouts import LAYOUTS, TASK_TYPES
 from engine.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,16 +58,43 @@ class Settings:
     gradient_checkpointing: bool = _model(
         True, "recompute each layer in the backward: far less memory, about a third more compute")
 
-    train_data_file: str | None = _data(None, "samples to train on", path="FILE", required=True)
-    eval_data_file: str | None = _data(None, "samples to evaluate on; none: no evaluation", path="FILE")
+    train_data_file: list[str] = _data(
+        [], "samples to train on: data files or folders of any format, or prepared stores; several are put together",
+        path="DATA", required=True)
+    eval_data_file: list[str] = _data(
+        [], "samples to evaluate on, likewise; none: what validation_split sets aside", path="DATA")
+    data_weights: list[float] | None = _data(
+        None, "how often an epoch sees each train_data_file, 0.5 is every other time; none: each once", above=0)
+    validation_split: float = _data(
+        0.0, "share of train_data_file set aside to evaluate on, whole speakers where there are several; "
+        "eval_data_file wins over it", at_least=0, below=1)
+    format: str = _data(
+        "auto", "format of the data that is no store; auto: told from its content", choices=("auto", *FORMAT_NAMES))
     prompt_layout: str = _data(
-        "auto", "turns of a sample: as_written keeps them; voice_cloning makes reference and target the two "
-        "turns that inference uses; auto: voice_cloning for a sample of that shape, else as_written",
-        choices=("auto", "as_written", "voice_cloning"))
-    system_prompt: str = _data("Generate audio following instruction.", "first words of the voice_cloning system turn")
+        "auto", "turns of a sample: as_written keeps them; voice_cloning makes reference and target the two turns "
+        "that inference uses; reference_in_system puts the reference into the system turn; single_speaker has scene "
+        "and text only; multi_speaker tags its speakers; auto: what the row's task_type says, else voice_cloning for a "
+        "sample of that shape, else as_written. The task types of other trainers are taken for their layouts",
+        choices=("auto", *LAYOUTS, *TASK_TYPES))
+    system_prompt: str | None = _data(None, "first words of the system turn; none: those of the original's inference")
     scene: str | None = _data(
-        "Audio is recorded from a quiet room.", "scene description of that turn; none: without one")
-    train_reference: bool = _data(False, "also train the reference turn of voice_cloning")
+        "Audio is recorded from a quiet room.", "scene description of that turn, where a row has none of its own")
+    normalize_text: bool = _data(True, "change the text to speak as the original's inference does; not as_written")
+    train_reference: bool = _data(False, "also train the reference turns")
+    pair_references: bool = _data(
+        False, "give samples without reference another clip of the same speaker as reference")
+    reference_dropout: float = _data(0.0, "share of samples trained without their reference", at_least=0, below=1)
+    min_seconds: float | None = _data(None, "shorter recordings are bad rows", above=0)
+    max_seconds: float | None = _data(None, "longer recordings are bad rows", above=0)
+    reject_suspicious: bool = _data(False, "rows with warnings (clipping, truncation, ...) are bad rows too")
+    max_bad_fraction: float = _data(
+        0.0, "share of bad rows, named and left out, up to which to go on", at_least=0, below=1)
+    store_shard_samples: int | None = _data(
+        None, "samples in a part of a prepared store, shuffled once, so that an epoch reads part after part: for "
+        "network file systems; none: one part in the order of the data", at_least=1)
+    whisper_conditioning: str = _data(
+        "auto", "also show reference audio to the model through a Whisper encoder: off; auto: if the checkpoint has "
+        "one; or the folder of a Whisper model, with a new projection")
     codes_cache_dir: str | None = _data(
         None, "encoded recordings; none: higgs-engine/codes in $XDG_CACHE_HOME or ~/.cache", path="FOLDER")
     codec_batch_seconds: float = _data(120.0, "seconds of audio that the codec encodes at once", above=0)
@@ -108,8 +137,8 @@ class Settings:
     train_modules: list[str] = _trained(
         [], "without LoRA: globs of parameter names to train, such as '*audio_mlp*'; none: everything")
     freeze_llm: bool = _trained(False, "without LoRA: keep the text backbone as it is")
-    freeze_audio_tower: bool = _trained(False, "keep the audio encoder as it is")
-    freeze_audio_encoder_proj: bool = _trained(False, "keep the audio encoder's projection as it is")
+    freeze_audio_tower: bool = _trained(True, "keep the Whisper encoder as it is")
+    freeze_audio_encoder_proj: bool = _trained(False, "keep the Whisper encoder's projection as it is")
 
     backend: str = _backend(
         "deepspeed", "deepspeed (ZeRO), fsdp (torch's fully_shard) or none (plain torch in one process, fp32)",
@@ -136,10 +165,13 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.codes_cache_dir:
             self.codes_cache_dir = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/higgs-engine/codes"
+        words = {"resume": ("none", "auto", ""), "whisper_conditioning": ("off", "auto")}
         for name, field in FIELDS.items():
-            if field.metadata["path"] or name == "resume" and self.resume not in ("none", "auto", ""):
-                path = getattr(self, name)
-                setattr(self, name, os.path.abspath(os.path.expanduser(path)) if path else None)
+            value = getattr(self, name)
+            if isinstance(value, list) and field.metadata["path"]:
+                setattr(self, name, [_absolute(path) for path in value])
+            elif field.metadata["path"] or name in words and value not in words[name]:
+                setattr(self, name, _absolute(value) if value else None)
         self.ds_config = _find_ds_config(self.ds_config) or self.ds_config
 
     def check(self, found: Iterable[str] = (), excused: Collection[str] = ()) -> None:
@@ -180,12 +212,13 @@ class Settings:
     def _path_problems(self, excused: Collection[str]) -> Iterator[str]:
         for name, field in FIELDS.items():
             value, kind, about = getattr(self, name), field.metadata["path"], field.metadata["help"]
-            if value is None:
+            if value is None or value == []:
                 if kind and (field.metadata["required"] or name not in SCHEMA.optional) and name not in excused:
                     yield f"{name}: missing → give --{name} {kind}: {about}"
-            elif kind == "FILE" and not os.path.isfile(value):
-                what = "is not a file" if os.path.exists(value) else "does not exist"
-                yield f"{name}: {value} {what} → give a file of samples"
+            elif kind == "DATA":
+                for path in value:
+                    if not os.path.exists(path):
+                        yield f"{name}: {path} does not exist → give a file or folder of samples, or a prepared store"
             elif name in HUB_IDS and not os.path.isdir(value):
                 asked = os.path.relpath(value)
                 wanted = asked if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", asked) else HUB_IDS[name]
@@ -278,6 +311,10 @@ def prepare_output_dir(settings: Settings) -> None:
 def help_text(prog: str) -> str:
     """`--help`: every setting once, under its group, with its unit, limits and default."""
     return config_sources.help_text(prog, SCHEMA, GROUPS)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _find_ds_config(name: str) -> str | None:

@@ -83,10 +83,12 @@ def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
     from transformers import HiggsAudioV2ForConditionalGeneration
 
     from engine.data.audio import content_key
-    from engine.data.formats.chatml import read_chatml
-    from engine.data.codec import Codec, CodeCache, codec_identity
+    from engine.data.code_cache import CodeCache
+    from engine.data.codec import Codec, codec_identity
+    from engine.data.formats import read_rows
     from engine.data.labels import StreamIds, codes_of_stream, merge
-    from engine.data.prompts import Layout, PromptTokenizer
+    from engine.data.layouts import Layout
+    from engine.data.prompts import PromptTokenizer
     from engine.model.weights import load_tokenizer
 
     model, loading = HiggsAudioV2ForConditionalGeneration.from_pretrained(
@@ -95,8 +97,8 @@ def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
     print(f"missing keys: {len(loading['missing_keys'])}, unexpected keys: {len(loading['unexpected_keys'])}")
     config = model.config
     stream = StreamIds(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
-    layout = Layout(settings.prompt_layout, settings.system_prompt, settings.scene)
-    conversation = layout.apply(read_chatml(settings.train_data_file)[0])
+    layout = Layout.of(settings)
+    conversation = layout.apply(next(read_rows(settings.train_data_file[0], settings.format)).conversation)
     tokenize = PromptTokenizer(load_tokenizer(model_folder))
     prompt = tokenize.inference(conversation)
     cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path))

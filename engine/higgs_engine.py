@@ -15,7 +15,8 @@ import torch
 from engine.backends import Blueprint, backend_class
 from engine.config import Settings
 from engine.data.packing import PackedBatch
-from engine.model import attention
+from engine.errors import ConfigError
+from engine.model import attention, whisper_source
 from engine.model.initial import InitialWeights, build_on_meta
 from engine.model.packed import install
 from engine.model.trainable import choose_trainable, decayed, describe
@@ -53,6 +54,10 @@ class HiggsEngine:
         files: the base model.
         rounds: micro-batches of one process in each optimizer step.
 
+    Attributes:
+        whisper: where the Whisper conditioning comes from; None without.
+        summary: lines for the start-up print.
+
     Raises:
         ConfigError, ModelError: the settings cannot be used with this model; the weights do not fit.
     """
@@ -62,12 +67,15 @@ class HiggsEngine:
         dtype = torch.bfloat16 if settings.bf16 else torch.float32
         self.attention = attention.choose(settings.attention, world.device, dtype)
         core = build_on_meta(files.config)
-        weights = InitialWeights(files, settings.seed)
-        model = choose_trainable(core, settings)
+        self.whisper, whisper_line = whisper_source.resolve(settings.whisper_conditioning, files)
+        if self.whisper and settings.freeze_audio_encoder_proj and not self.whisper.has_projection:
+            raise ConfigError("Whisper:", ["freeze_audio_encoder_proj: the projection is new → it has to be trained"])
+        weights = InitialWeights(files, settings.seed, self.whisper)
+        model = choose_trainable(core, settings, self.whisper and self.whisper.build_on_meta())
         weights.check(model)
         install(core, self.attention, settings.gradient_checkpointing)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.summary = describe(model, settings)
+        self.summary = describe(model, settings) + ([whisper_line] if whisper_line else [])
         blueprint = Blueprint(model, core, weights, decayed(model), shapes)
         self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)
 
@@ -112,6 +120,8 @@ class HiggsEngine:
 
     def save(self, folder: Path) -> None:
         self.backend.save(folder)
+        if self.whisper and self.world.is_main:
+            self.whisper.describe(folder / whisper_source.FOLDER)
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)

@@ -16,11 +16,15 @@ from engine.checkpoint.lifecycle import Manifest, write_atomically
 from engine.checkpoint.model_folder import copy_side_files
 from engine.config import Settings, prepare_output_dir
 from engine.data.batches import BatchPlan, Step
-from engine.data.dataset import FRAMES_PER_SECOND, Dataset, prepare, write_dropped
+from engine.data.dataset import Dataset, open_data, write_dropped
 from engine.data.loader import packed_batches
+from engine.data.mels import MelExtractor
 from engine.data.packing import PackedBatch
+from engine.data.prepare import FRAMES_PER_SECOND
+from engine.data.split import split
 from engine.errors import CheckpointError, EngineError, ModelError
 from engine.higgs_engine import HiggsEngine, Targets
+from engine.model import whisper_source
 from engine.model.weights import WeightFiles, load_tokenizer
 from engine.observe.metrics import Meter, MetricsFile, losses
 from engine.observe.progress import Progress, format_step
@@ -53,12 +57,7 @@ class Run:
         self.files = WeightFiles(settings.model_path)
         tokenizer = load_tokenizer(settings.model_path)
         _check_tokenizer(self.files, tokenizer)
-        self.data = self._prepare_data("train", settings.train_data_file, tokenizer)
-        self.eval_data = None
-        if settings.eval_data_file and not settings.disable_evaluation:
-            self.eval_data = self._prepare_data("eval", settings.eval_data_file, tokenizer)
-            steps = _plan(self.eval_data, settings, epochs=1).epoch(0)
-            self.eval_rows = tuple(batch for step in steps for batch in step)
+        self._open_data(tokenizer)
 
         self.plan = _plan(self.data, settings)
         self.total = self.plan.total_steps
@@ -80,8 +79,36 @@ class Run:
             error = failure
         raise_together(self.world, error)
 
-    def _prepare_data(self, name: str, file: str, tokenizer) -> Dataset:
-        data = prepare(file, self.settings, tokenizer, self.files.config, self.world)
+    def _open_data(self, tokenizer) -> None:
+        """The data to train on and, unless there is none, to evaluate on."""
+        settings = self.settings
+        whisper, _ = whisper_source.resolve(settings.whisper_conditioning, self.files)
+        mels = MelExtractor(whisper.preprocessor) if whisper else None
+        reuse = self.checkpoint is not None
+
+        def opened(name: str, sources: list[str]) -> Dataset:
+            return open_data(
+                name, sources, settings, tokenizer, self.files.config, self.world, mels, reuse, self.progress.say
+            )
+
+        data, evaluation = opened("train", settings.train_data_file), None
+        if settings.eval_data_file:
+            evaluation = opened("eval", settings.eval_data_file) if not settings.disable_evaluation else None
+        elif settings.validation_split:
+            parts = split(data, settings.validation_split, settings.seed)
+            if self.world.is_main:
+                parts.write(self.output_dir / "validation_split.json", data)
+            self.progress.say(f"validation_split: by {parts.by}, {len(parts.evaluation)} of {len(data)} samples aside")
+            data, evaluation = data.subset(parts.train), data.subset(parts.evaluation)
+            evaluation = None if settings.disable_evaluation else evaluation
+        self.data = self._within_budget("train", data)
+        self.eval_data = evaluation and self._within_budget("eval", evaluation)
+        if self.eval_data is not None:
+            steps = _plan(self.eval_data, settings, epochs=1).epoch(0)
+            self.eval_rows = tuple(batch for step in steps for batch in step)
+
+    def _within_budget(self, name: str, data: Dataset) -> Dataset:
+        data = data.within(self.settings.max_tokens_per_micro_batch, self.settings.drop_long_samples)
         self.progress.say(f"{name}: {data.describe()}")
         if self.world.is_main:
             write_dropped(data, self.output_dir / f"dropped_{name}_samples.json", self.progress.say)
@@ -96,7 +123,7 @@ class Run:
         say(
             f"plan: {self.total} steps ({steps} an epoch) of {settings.micro_batches_per_step} micro-batch(es), "
             f"{self.rounds} on each of {self.world.size} process(es); "
-            f"about {sum(self.data.lengths) / steps:,.0f} tokens a step"
+            f"about {int(self.data.lengths.sum()) / steps:,.0f} tokens a step"
         )
         idle = self.rounds * self.world.size - settings.micro_batches_per_step
         if idle:
@@ -123,17 +150,19 @@ class Run:
         rank, size = self.world.rank, self.world.size
         micro_batches = (m for step in self.plan.steps(start) for m in step.share(rank, size, self.rounds))
         return packed_batches(
-            self.data.samples, micro_batches, audio_token_id=self.files.config.audio_token_id,
+            self.data, micro_batches, audio_token_id=self.files.config.audio_token_id,
             workers=self.settings.dataloader_num_workers, device=self.world.device,
         )  # fmt: skip
 
     def _step(self, step: Step, batches: Iterator[PackedBatch]) -> None:
         settings, data = self.settings, self.data
         chosen = [i for batch in step.micro_batches for i in batch]
-        targets = Targets(int(data.text_targets[chosen].sum()), tuple(data.audio_targets[chosen].sum(0).tolist()))
+        targets = Targets(
+            int(data.text_targets[chosen].sum()), (int(data.audio_targets[chosen].sum()),) * data.codebooks
+        )
         rate = learning_rate(settings, step.number, self.total)
         result = self.engine.train_step(islice(batches, self.rounds), targets, rate)
-        tokens = sum(len(data.samples[i]) for i in chosen)
+        tokens = int(data.lengths[chosen].sum())
         self.meter.add(result, targets, tokens, float(data.audio_frames[chosen].sum()) / FRAMES_PER_SECOND)
         self.progress.step()
         done = step.number + 1
@@ -167,11 +196,12 @@ class Run:
         mine = Step(0, 0, self.eval_rows).share(self.world.rank, self.world.size, rounds)
         token = self.files.config.audio_token_id
         sums = self.engine.evaluate(
-            packed_batches(data.samples, mine, audio_token_id=token, workers=0, device=self.world.device)
+            packed_batches(data, mine, audio_token_id=token, workers=0, device=self.world.device)
         )
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
-        values = losses(sums.tolist(), int(data.text_targets.sum()), data.audio_targets.sum(0).tolist(), settings)
+        audio_targets = [int(data.audio_targets.sum())] * data.codebooks
+        values = losses(sums.tolist(), int(data.text_targets.sum()), audio_targets, settings)
         if self.world.is_main:
             self.metrics.write({"step": done} | {f"eval_{name}": value for name, value in values.items()})
             self.progress.say(f"step {done}/{self.total} | eval loss {values['loss']:.4f}")
@@ -182,6 +212,7 @@ class Run:
         s = self.settings
         plan = {
             "data": self.data.fingerprint,
+            "data_weights": s.data_weights,
             "seed": s.seed,
             "max_tokens_per_micro_batch": s.max_tokens_per_micro_batch,
             "per_device_train_batch_size": s.per_device_train_batch_size,
@@ -251,6 +282,7 @@ def _plan(data: Dataset, settings: Settings, epochs: int | None = None) -> Batch
         epochs=epochs or settings.num_train_epochs,
         max_steps=None if epochs else settings.max_steps,
         seed=settings.seed,
+        mixture=data.mixture(settings.seed),
     )
 
 

@@ -27,7 +27,7 @@ def golden_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def golden_samples():
     """name -> exact sample, for every golden ChatML conversation, in the layout `as_written`."""
-    from engine.data.formats.chatml import read_chatml
+    from engine.data.formats import read_conversations
     from engine.data.labels import StreamIds, merge
     from engine.data.prompts import PromptTokenizer
     from engine.model.weights import load_tokenizer
@@ -36,7 +36,7 @@ def golden_samples():
     tokenize = PromptTokenizer(load_tokenizer(GOLDEN / "tokenizer"))
     names = [entry["name"] for entry in json.loads((GOLDEN / "samples.json").read_text())]
     samples = {}
-    for name, conversation in zip(names, read_chatml(golden_chatml()), strict=True):
+    for name, conversation in zip(names, read_conversations(golden_chatml()), strict=True):
         prompt = tokenize(conversation)
         clips = [codes[Path(audio.recording.path).name] for audio in prompt.audios]
         samples[name] = merge(prompt, clips, tokenize.special, StreamIds())

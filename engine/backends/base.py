@@ -32,6 +32,12 @@ class Blueprint:
     decayed: set[str]
     shapes: dict[str, torch.Size]
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The units that are sharded one by one: those of the Whisper encoder, if any, and of the language model."""
+        encoder = [] if self.core.whisper is None else self.core.whisper.encoder.layers
+        return [*encoder, *self.core.model.layers]
+
 
 class Backend(ABC):
     """The model spread over processes, and its optimizer.

@@ -101,9 +101,9 @@ class DeepSpeedBackend(Backend):
             fill(blueprint.model, blueprint.weights, self.world.device, self.dtype)
             rebuild_buffers(blueprint.core, self.world.device)
             return
-        # one decoder layer exists whole at a time; the rest of the model comes last
+        # one layer exists whole at a time; the rest of the model comes last
         prefixes = {module: name for name, module in blueprint.model.named_modules()}
-        for unit in [*blueprint.core.model.layers, blueprint.model]:
+        for unit in [*blueprint.layers, blueprint.model]:
             for module in unit.modules():
                 if any(p.is_meta for p in module.parameters(recurse=False)):
                     fill_module(module, prefixes[module], blueprint.weights, self.world.device, self.dtype)

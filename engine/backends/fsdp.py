@@ -1,4 +1,4 @@
-"""`backend: fsdp`: PyTorch's fully_shard (FSDP2), one group a decoder layer, hybrid sharding by `fsdp_replicas`.
+"""`backend: fsdp`: PyTorch's fully_shard (FSDP2), one group a layer, hybrid sharding by `fsdp_replicas`.
 
 Trained weights are kept in fp32, computed with in bf16, their gradients reduced in fp32; frozen weights are kept in
 bf16. One code path serves one process and many.
@@ -50,7 +50,7 @@ class FSDPBackend(TorchBackend):
             cast_forward_inputs=False,
         )
         options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": settings.fsdp_reshard_after_forward}
-        for layer in blueprint.core.model.layers:
+        for layer in blueprint.layers:
             fully_shard(layer, **options)
         fully_shard(self.model, **options)
 

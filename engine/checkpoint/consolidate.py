@@ -1,11 +1,14 @@
 """From a sharded checkpoint of either backend to weights that load everywhere, without the world that wrote it.
 
 A full run's checkpoint becomes a model folder, a LoRA run's an adapter folder (merge it with `higgs-engine merge`).
+Either gets the run's Whisper conditioning, if it had one, as a folder of its own. What a LoRA run did not train of it
+is not in its checkpoints and is read, as its base is, from where the run had it.
 """
 
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +21,9 @@ from engine.checkpoint.lifecycle import Manifest, read_manifest
 from engine.checkpoint.model_folder import DTYPES, publish, reserve, write_model_folder
 from engine.config import Settings
 from engine.errors import CheckpointError
-from engine.model.keys import adapter_name
+from engine.model import whisper_source
+from engine.model.keys import WHISPER, adapter_name, base_name
+from engine.model.weights import WeightFiles
 
 MODEL_FILES = "model_files"
 """Folder within a checkpoint: config, tokenizer and so on."""
@@ -65,24 +70,60 @@ def consolidate(checkpoint: Path, out: Path, dtype: str = "auto") -> str:
 
     Raises:
         CheckpointError: the checkpoint is not complete.
+        ModelError: the Whisper encoder of a LoRA run is no longer where the run had it.
     """
     manifest = read_manifest(checkpoint)
     settings = Settings.from_yaml(checkpoint / "config.yaml")
     weights = CheckpointWeights(checkpoint, manifest)
+    if dtype == "auto":
+        dtype = "bfloat16" if settings.bf16 and not manifest.use_lora else "float32"
+    add_whisper = partial(_write_whisper, checkpoint, weights, settings, DTYPES[dtype])
     if manifest.use_lora:
-        _write_adapter(checkpoint, weights, out, settings, DTYPES["float32" if dtype == "auto" else dtype])
+        _write_adapter(checkpoint, weights, out, settings, DTYPES[dtype], add_whisper)
         return "adapter"
-    kind = ("bfloat16" if settings.bf16 else "float32") if dtype == "auto" else dtype
-    write_model_folder(out, checkpoint / MODEL_FILES, weights.shapes, weights.read, DTYPES[kind])
+    shapes = {name: shape for name, shape in weights.shapes.items() if not name.startswith(WHISPER)}
+    write_model_folder(out, checkpoint / MODEL_FILES, shapes, weights.read, DTYPES[dtype], add_whisper)
     return "model"
 
 
+def _write_whisper(
+    checkpoint: Path, weights: CheckpointWeights, settings: Settings, dtype: torch.dtype, draft: Path
+) -> None:
+    """Puts the run's Whisper conditioning, if any, into a folder: what was saved in `dtype`, the rest as it was."""
+    described = checkpoint / whisper_source.FOLDER
+    if not described.is_dir():
+        return
+    saved = {base_name(n): n for n in weights.shapes if base_name(n).startswith(WHISPER)}
+    elsewhere = _untrained_whisper(settings) if settings.use_lora else None
+    names = list(elsewhere.shapes | dict.fromkeys(saved) if elsewhere else saved)
+
+    def read(name: str) -> torch.Tensor:
+        return weights.read(saved[name]).to(dtype) if name in saved else elsewhere.read(name)
+
+    shutil.copytree(described, draft / whisper_source.FOLDER)
+    whisper_source.write_weights(draft / whisper_source.FOLDER, names, read)
+
+
+def _untrained_whisper(settings: Settings) -> whisper_source.WhisperSource:
+    setting, base = settings.whisper_conditioning, settings.model_path
+    source, why = whisper_source.resolve(setting, WeightFiles(base))
+    if source is None:
+        raise CheckpointError(f"{base}: the run had its Whisper encoder from there ({why}) → put it back there.")
+    return source
+
+
 def _write_adapter(
-    checkpoint: Path, weights: CheckpointWeights, out: Path, settings: Settings, dtype: torch.dtype
+    checkpoint: Path,
+    weights: CheckpointWeights,
+    out: Path,
+    settings: Settings,
+    dtype: torch.dtype,
+    add: Callable[[Path], None],
 ) -> None:
     """PEFT's own format."""
     draft = reserve(out)
-    tensors = {adapter_name(name): weights.read(name).to(dtype).contiguous() for name in weights.shapes}
+    names = [name for name in weights.shapes if not base_name(name).startswith(WHISPER)]
+    tensors = {adapter_name(name): weights.read(name).to(dtype).contiguous() for name in names}
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty or not tensors:
         raise CheckpointError(f"{checkpoint}: the checkpoint holds no adapter weights:", empty)
@@ -94,4 +135,5 @@ def _write_adapter(
         f"{settings.lora_alpha:g}, targets {', '.join(settings.lora_target_modules)}.\n\n"
         "Merge: `higgs-engine merge --base_model_path BASE --lora_adapter_path THIS --output_path MERGED`\n"
     )
+    add(draft)
     publish(draft, out)

@@ -5,6 +5,7 @@
       config.yaml           the resolved settings
       model_files/          config, tokenizer and so on of the model: what an export needs beside the weights
       adapter_config.json   LoRA runs
+      whisper_conditioning/ runs with a Whisper encoder: its configurations
       tensors/ | deepspeed/ sharded weights and optimizer state
       rng/rank-0.pt …       random state of each process
 

@@ -1,9 +1,11 @@
 """Merges LoRA adapters into their base: in fp32, rounded once, written as a model folder that transformers loads.
 
-A tensor at a time, so that the 5.8 B model needs the memory of one shard (5 GB), not its 23 GB in fp32.
+A tensor at a time, so that the 5.8 B model needs the memory of one shard (5 GB), not its 23 GB in fp32. The Whisper
+conditioning that an adapter carries goes along as it is.
 """
 
 import json
+import shutil
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +23,7 @@ from engine.model.initial import build_on_meta
 from engine.model.keys import adapter_name, base_name
 from engine.model.trainable import add_adapters
 from engine.model.weights import WeightFiles
+from engine.model.whisper_source import FOLDER as WHISPER_FOLDER
 
 
 def merge(base_model_path: Path, lora_adapter_path: Path, output_path: Path, dtype: str = "auto") -> None:
@@ -57,8 +60,13 @@ def merge(base_model_path: Path, lora_adapter_path: Path, output_path: Path, dty
             "model_type": "higgs_audio_v2",
         }
         kind = files.read("model.norm.weight").dtype if dtype == "auto" else DTYPES[dtype]
-        text = {"merge_info.json": json.dumps(info, indent=1)}
-        write_model_folder(output_path, side_files, merged.shapes, merged.read, kind, text)
+
+        def add(draft: Path) -> None:
+            (draft / "merge_info.json").write_text(json.dumps(info, indent=1))
+            if (adapter / WHISPER_FOLDER).is_dir():
+                shutil.copytree(adapter / WHISPER_FOLDER, draft / WHISPER_FOLDER)
+
+        write_model_folder(output_path, side_files, merged.shapes, merged.read, kind, add)
 
 
 class _Merged:

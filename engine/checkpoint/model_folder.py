@@ -49,7 +49,7 @@ def write_model_folder(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
-    extra: dict[str, str] | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """A complete model folder at `out`, a shard in memory at a time; replaces what stands there.
 
@@ -57,7 +57,7 @@ def write_model_folder(
         side_files: folder with config.json and the rest; all of it is copied.
         shapes: name -> shape of all weights, native names.
         read: gives one weight, in any floating dtype; it is rounded once, to `dtype`.
-        extra: name -> text of further files.
+        add: puts further files into the folder before it gets its final name.
     """
     draft = reserve(out)
     for file in side_files.iterdir():
@@ -76,8 +76,8 @@ def write_model_folder(
         total = sum(_numel(shape) for shape in shapes.values()) * dtype.itemsize
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (draft / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
-    for name, text in (extra or {}).items():
-        (draft / name).write_text(text)
+    if add is not None:
+        add(draft)
     _check(draft)
     publish(draft, out)
 

@@ -1,17 +1,20 @@
-"""Recordings: any audio that libsndfile reads (wav, flac, ogg, mp3, …) as a mono waveform at one rate.
+"""Recordings: any audio that libsndfile reads (wav, flac, ogg, mp3, …) as a mono waveform, loudness untouched.
 
 Whatever is wrong with a recording is an AudioError with one line that says what; nothing is replaced by
 silence or cut to fit. Callers collect these lines by row, so that all bad recordings of a data set are known
-after one pass.
+after one pass. libsndfile itself reads a wav that was cut off in the middle without a word: that too is an
+error here.
 
-Invariant: equal `content_key` means equal waveform, at whatever path: the key is taken from the bytes, not
-the name.
+Invariants: equal `content_key` means equal waveform, at whatever path: the key is taken from the bytes, not
+the name. `count_samples`, which reads the header only, is the exact length of what `read_mono` returns.
 """
 
 import hashlib
 import io
 import math
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +24,9 @@ import soundfile
 SILENCE = 1e-4  # peak of -80 dBFS; a 16-bit recording of nothing but dither stays below it
 END_TOLERANCE = 0.1  # s; how far a segment may reach beyond the end, for durations in data files are rounded
 _LARGEST_RESAMPLER = 2**22  # phases x taps; 44.1 to 24 kHz has 11,760, two coprime rates would take gigabytes
+_CONVERT = "convert it to wav or flac, e.g. ffmpeg -i IN OUT.flac"
+_SHORT_OF_HEADER = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = 2**31 - 2**16  # bytes; what is written into a pipe claims this or more, for its size is not yet known
 
 
 class AudioError(ValueError):
@@ -29,31 +35,57 @@ class AudioError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """Audio in a file (`path`) or in memory (`data`, the bytes of such a file), and which part of it.
+    """Audio in a file (`path`), in memory (`data`, the bytes of such a file) or as `codes`, and which part of it.
 
     With an `offset` in seconds the recording is the `duration` seconds from there, to the end if there is no
     duration. A duration without offset only describes the recording, as data files commonly have it; the
     whole of it is meant.
+
+    `codes` are the codec's, already made elsewhere: the bytes of little-endian int16 [codebooks, frames], to stay
+    hashable; see `of_codes` and `code_array`.
     """
 
     path: str | None = None
     data: bytes | None = field(default=None, repr=False)
     offset: float | None = None
     duration: float | None = None
+    codes: bytes | None = field(default=None, repr=False)
+    codebooks: int = 0
 
     def __post_init__(self):
-        if (self.path is None) == (self.data is None):
-            raise ValueError("a recording has either a path or data")
+        if sum(source is not None for source in (self.path, self.data, self.codes)) != 1:
+            raise ValueError("a recording has either a path, data or codes")
+        if self.codes is not None and (self.codebooks < 1 or len(self.codes) % (2 * self.codebooks)):
+            raise ValueError(f"{len(self.codes)} bytes are no int16 codes of {self.codebooks} codebooks")
+
+    @classmethod
+    def of_codes(cls, codes: np.ndarray) -> "Recording":
+        """A recording that is known by its codes only, integers [codebooks, frames].
+
+        Raises:
+            ValueError: they have another shape, or int16 does not hold them.
+        """
+        kept = np.ascontiguousarray(codes, "<i2")
+        if kept.ndim != 2 or not np.array_equal(kept, codes):
+            raise ValueError(f"expected codes [codebooks, frames] that fit into int16, not {list(kept.shape)}")
+        return cls(codes=kept.tobytes(), codebooks=len(kept))
+
+    @property
+    def code_array(self) -> np.ndarray | None:
+        """int16 [codebooks, frames], or None if there is audio."""
+        return None if self.codes is None else np.frombuffer(self.codes, "<i2").reshape(self.codebooks, -1)
 
     def __str__(self) -> str:
+        if self.codes is not None:
+            return f"codes of {len(self.codes) // 2 // self.codebooks} frames"
         name = self.path if self.path is not None else f"embedded audio of {len(self.data):,} bytes"
         return name if self.offset is None else f"{name} from {self.offset:g} s"
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file or data, 0 if there is no such file."""
-        if self.data is not None:
-            return len(self.data)
+        """Size of the file, data or codes, 0 if there is no such file."""
+        if self.path is None:
+            return len(self.data if self.codes is None else self.codes)
         try:
             return Path(self.path).stat().st_size
         except OSError:
@@ -63,27 +95,56 @@ class Recording:
         """The encoded bytes as a stream.
 
         Raises:
-            AudioError: there is no such file, or it may not be read.
+            AudioError: there is no such file, it may not be read, or the recording has codes and no waveform.
         """
+        if self.codes is not None:
+            raise AudioError(f"{self}: has no waveform → give the audio file if its sound is needed")
         if self.data is not None:
             return io.BytesIO(self.data)
         try:
             return Path(self.path).open("rb")
         except FileNotFoundError:
-            raise AudioError(f"{self.path}: no such file") from None
+            raise AudioError(f"{self.path}: no such file → correct the path") from None
         except ValueError:
-            raise AudioError(f"{self.path!r}: not a file name") from None
+            raise AudioError(f"{self.path!r}: not a file name → correct the path") from None
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be read: {error.strerror}") from None
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What a recording holds, at its own rate.
+
+    Attributes:
+        name: of the recording, for messages.
+        samples: float32 [samples, channels], full scale is 1.
+        sampling_rate: Hz.
+    """
+
+    name: str
+    samples: np.ndarray = field(repr=False)
+    sampling_rate: int
+
+    @property
+    def channels(self) -> int:
+        return self.samples.shape[1]
+
+    @cached_property
+    def wave(self) -> np.ndarray:
+        """float32 [samples]: the mean of the channels."""
+        return self.samples[:, 0] if self.channels == 1 else self.samples.mean(axis=1, dtype=np.float32)
+
+
 def content_key(recording: Recording) -> str:
-    """sha256 in hex over the encoded bytes and the segment.
+    """sha256 in hex over the encoded bytes and the segment, or over the codes.
 
     Raises:
         AudioError: the file cannot be read.
     """
     digest = hashlib.sha256()
+    if recording.codes is not None:
+        digest.update(recording.codes + f"|codes of {recording.codebooks}".encode())
+        return digest.hexdigest()
     with recording.open() as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
@@ -104,6 +165,57 @@ def count_samples(recording: Recording, sampling_rate: int) -> int:
         return math.ceil(frames * sampling_rate / sound.samplerate)
 
 
+def duration_of(recording: Recording) -> float:
+    """Seconds, from the file's header alone; raises as `count_samples` does."""
+    with recording.open() as stream, _decoder(recording, stream) as sound:
+        return _segment(recording, sound)[1] / sound.samplerate
+
+
+def decode(recording: Recording) -> Decoded:
+    """The samples of a recording, or of its segment, as the file has them.
+
+    Raises:
+        AudioError: the file is missing, damaged, cut off or no audio; the segment is outside of it; it is
+            empty, silent (peak below -80 dBFS), or not finite; it is known by its codes only.
+    """
+    with recording.open() as stream, _decoder(recording, stream) as sound:
+        first, frames = _segment(recording, sound)
+        try:
+            sound.seek(first)
+            samples = sound.read(frames, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise _damaged(recording, error) from None
+        samples = _all_promised(recording, sound, stream, samples, frames)
+        decoded = Decoded(str(recording), samples, sound.samplerate)
+    if not len(samples):
+        raise AudioError(f"{recording}: empty, holds no samples → record it again, or take its row out")
+    peak = float(max(decoded.wave.max(), -decoded.wave.min()))  # NaN and infinity go through min and max
+    if not math.isfinite(peak):
+        raise AudioError(f"{recording}: not finite, holds NaN or infinite samples → export it again")
+    if peak < SILENCE:
+        raise AudioError(f"{recording}: silent, its peak of {peak:.1e} is below {SILENCE:.0e} → take its row out")
+    return decoded
+
+
+def resample(decoded: Decoded, sampling_rate: int) -> np.ndarray:
+    """The mono waveform at another rate, float32 [ceil(samples * sampling_rate / its rate)].
+
+    Raises:
+        AudioError: the two rates have too little in common.
+    """
+    rate = decoded.sampling_rate
+    if rate == sampling_rate:
+        return decoded.wave
+    common = math.gcd(rate, sampling_rate)
+    if (rate // common) * (sampling_rate // common) > _LARGEST_RESAMPLER:
+        raise AudioError(f"{decoded.name}: cannot be resampled from {rate} Hz → convert the file to {sampling_rate} Hz")
+    # Here, for they take seconds to import, and neither a header nor a file of the right rate needs them.
+    import torch
+    import torchaudio
+
+    return torchaudio.functional.resample(torch.from_numpy(decoded.wave), rate, sampling_rate).numpy()
+
+
 def read_mono(recording: Recording, sampling_rate: int) -> np.ndarray:
     """Decodes a recording: mean of its channels, resampled.
 
@@ -111,39 +223,30 @@ def read_mono(recording: Recording, sampling_rate: int) -> np.ndarray:
         float32 [samples] at `sampling_rate` Hz.
 
     Raises:
-        AudioError: the file is missing, damaged or no audio; the segment is outside of it; it is empty,
-            silent (peak below -80 dBFS), or not finite; its sampling rate has too little in common with
-            `sampling_rate`.
+        AudioError: as `decode` and `resample` do.
     """
-    with recording.open() as stream, _decoder(recording, stream) as sound:
-        rate = sound.samplerate
-        first, frames = _segment(recording, sound)
-        try:
-            sound.seek(first)
-            channels = sound.read(frames, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise _damaged(recording, error) from None
-    wave = channels.mean(axis=1, dtype=np.float32)
-    if not len(wave):
-        raise AudioError(f"{recording}: empty, holds no samples")
-    if not np.isfinite(wave).all():
-        raise AudioError(f"{recording}: not finite, holds NaN or infinite samples")
-    peak = float(np.abs(wave).max())
-    if peak < SILENCE:
-        raise AudioError(f"{recording}: silent, its peak of {peak:.1e} is below {SILENCE:.0e}")
-    return _resample(recording, wave, rate, sampling_rate)
+    return resample(decode(recording), sampling_rate)
 
 
 def _decoder(recording: Recording, stream: BinaryIO) -> soundfile.SoundFile:
     try:
-        return soundfile.SoundFile(stream)
+        sound = soundfile.SoundFile(stream)
     except soundfile.SoundFileError as error:
         raise _damaged(recording, error) from None
+    if found := _SHORT_OF_HEADER.search(sound.extra_info):
+        promised, present = map(int, found.groups())
+        missing = sound.frames / sound.samplerate * (promised / max(1, present) - 1)
+        if promised < _STREAMED and missing > END_TOLERANCE:
+            raise AudioError(
+                f"{recording}: cut off, {present:,} bytes of sound where its header promises {promised:,} → "
+                "copy or export it again"
+            )
+    return sound
 
 
 def _damaged(recording: Recording, error: Exception) -> AudioError:
     reason = getattr(error, "error_string", None) or str(error)
-    return AudioError(f"{recording}: not audio, or damaged: {reason.rstrip('.')}")
+    return AudioError(f"{recording}: not audio, or damaged: {reason.rstrip('.')} → {_CONVERT}")
 
 
 def _segment(recording: Recording, sound: soundfile.SoundFile) -> tuple[int, int]:
@@ -153,19 +256,31 @@ def _segment(recording: Recording, sound: soundfile.SoundFile) -> tuple[int, int
     rate, length = sound.samplerate, sound.frames / sound.samplerate
     end = length if recording.duration is None else recording.offset + recording.duration
     if not (0 <= recording.offset < length and recording.offset < end <= length + END_TOLERANCE):
-        raise AudioError(f"{recording}: the segment to {end:g} s is outside the recording of {length:.3f} s")
+        raise AudioError(
+            f"{recording}: the segment to {end:g} s is outside the recording of {length:.3f} s → correct offset "
+            "and duration"
+        )
     first = min(round(recording.offset * rate), sound.frames - 1)
     return first, max(1, min(round(end * rate), sound.frames) - first)
 
 
-def _resample(recording: Recording, wave: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    if rate == sampling_rate:
-        return wave
-    common = math.gcd(rate, sampling_rate)
-    if (rate // common) * (sampling_rate // common) > _LARGEST_RESAMPLER:
-        raise AudioError(f"{recording}: cannot be resampled from {rate} Hz; convert the file to {sampling_rate} Hz")
-    # Here, for they take seconds to import, and neither a header nor a file of the right rate needs them.
-    import torch
-    import torchaudio
+def _all_promised(
+    recording: Recording, sound: soundfile.SoundFile, stream: BinaryIO, samples: np.ndarray, frames: int
+) -> np.ndarray:
+    """The samples, if they are as many as the header says.
 
-    return torchaudio.functional.resample(torch.from_numpy(wave), rate, sampling_rate).numpy()
+    An mp3 without a Xing header has its length estimated from its size: right to milliseconds at a constant bit
+    rate, which are filled with zeros, and far off at a variable one.
+    """
+    missing, tolerance = frames - len(samples), END_TOLERANCE * sound.samplerate
+    if missing and not (sound.format == "MP3" and missing <= tolerance):
+        raise AudioError(
+            f"{recording}: cut off or without its length, {len(samples):,} samples where its header promises "
+            f"{frames:,} → copy it again, or {_CONVERT}"
+        )
+    if sound.format == "MP3" and recording.offset is None:
+        at, next_frame, size = stream.tell(), stream.read(2), stream.seek(0, io.SEEK_END)
+        is_frame = next_frame[:1] == b"\xff" and next_frame[1:] >= b"\xe0"  # and no title, "TAG" or "APETAGEX"
+        if is_frame and (size - at) / at * frames > 2 * tolerance:
+            raise AudioError(f"{recording}: without its length, goes on after {frames:,} samples → {_CONVERT}")
+    return np.pad(samples, ((0, missing), (0, 0))) if missing else samples

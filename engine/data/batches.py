@@ -1,7 +1,8 @@
 """The plan of packed batches: which samples make which micro-batch of which optimizer step.
 
-A pure function of sample lengths, seed, epoch and batch settings, never of the number of processes: one GPU and
-sixty-four see the same steps, and resuming is a jump to a step number. Every sample comes exactly once an epoch.
+A pure function of sample lengths, mixture, seed, epoch and batch settings, never of the number of processes: one GPU
+and sixty-four see the same steps, and resuming is a jump to a step number. An epoch has the samples that the mixture
+(engine/data/mixture.py) gives it: each exactly once, unless data sets are weighted.
 
 A micro-batch is one packed row. It closes when `max_tokens` or `max_samples` is reached, whichever is given.
 Samples are shuffled, then each goes into the fullest of a few open rows that still has room (best fit), so that
@@ -15,8 +16,13 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from engine.data.mixture import Mixture
+
 OPEN_ROWS = 64
 """Rows filled side by side: more rows waste fewer tokens, fewer rows mix more freely."""
+
+SHUFFLED_ROWS = 1024
+"""Rows that change places with each other."""
 
 MicroBatch = tuple[int, ...]
 """Indices of the samples of one packed row."""
@@ -45,6 +51,7 @@ class BatchPlan:
         max_samples: samples of a micro-batch, or None; at least one of the two is given.
         micro_batches_per_step: micro-batches of one optimizer step over all processes.
         epochs: passes over the data; `max_steps`, if given, ends the run instead.
+        mixture: the order of the samples in each epoch; None: all of them, shuffled by `seed`.
 
     Raises:
         ValueError: a sample is longer than the budget.
@@ -60,22 +67,33 @@ class BatchPlan:
         epochs: int,
         max_steps: int | None = None,
         seed: int = 0,
+        mixture: Mixture | None = None,
     ):
         self.lengths = np.asarray(lengths, np.int64)
         self.max_tokens, self.max_samples = max_tokens, max_samples
         self.micro_batches_per_step = micro_batches_per_step
         self.epochs, self.max_steps, self.seed = epochs, max_steps, seed
+        self.mixture = mixture or Mixture([[len(self.lengths)]], seed=seed)
         if max_tokens is not None and self.lengths.max() > max_tokens:
             raise ValueError(f"a sample of {self.lengths.max()} tokens cannot go into a row of {max_tokens}")
 
     @lru_cache(maxsize=2)  # noqa: B019  (a run holds one plan; the current and the next epoch are enough)
     def epoch(self, epoch: int) -> list[tuple[MicroBatch, ...]]:
         """The steps of one epoch, each a tuple of micro-batches; the last step may be shorter."""
-        rng = np.random.default_rng([self.seed, epoch])
-        rows = self._rows(rng.permutation(len(self.lengths)).tolist())
-        rows = [rows[i] for i in rng.permutation(len(rows))]
+        rows = self._rows(self.mixture.epoch(epoch).tolist())
+        rows = self._shuffled(rows, np.random.default_rng([self.seed, epoch]))
         size = self.micro_batches_per_step
         return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    @staticmethod
+    def _shuffled(rows: list[MicroBatch], rng: np.random.Generator) -> list[MicroBatch]:
+        """Rows in random order within windows: best fit closes long and short rows at different times.
+
+        Not over the whole epoch, for the order of the mixture is one that reads a sharded store part by part.
+        """
+        starts = range(0, len(rows), SHUFFLED_ROWS)
+        windows = (rows[start : start + SHUFFLED_ROWS] for start in starts)
+        return [window[i] for window in windows for i in rng.permutation(len(window))]
 
     def _rows(self, order: list[int]) -> list[MicroBatch]:
         if self.max_tokens is None:

@@ -1,4 +1,4 @@
-"""Audio to codes, once: the frozen codec, a cache of its codes, and filling the cache on many ranks.
+"""Audio to codes, once: the frozen codec, and filling the cache of its codes on many ranks.
 
 Invariant: up to the rounding of fp32, the codes of a recording depend on its content and on the codec alone,
 not on what was encoded with it nor on the device's fast arithmetic modes. So they are kept in a cache whose
@@ -7,25 +7,25 @@ key is (codec, content), 400 bytes a second of speech, and where nothing is miss
 
 import contextlib
 import hashlib
-import logging
-import os
-import secrets
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.data.audio import AudioError, Recording, count_samples, read_mono
-from engine.errors import ModelError
-
-_logger = logging.getLogger(__name__)
+from engine.data.audio import Recording
+from engine.data.audio_checks import AudioFacts
+from engine.data.code_cache import CodeCache, Encoded
+from engine.data.codec_batches import plan_batches, share_of
+from engine.data.reading import count_all, read_ahead
+from engine.errors import ConfigError, ModelError
 
 # Part of the codec's identity: codes that were made in another way are other codes.
 _PROCEDURE = b"mono, fp32, padded right to whole frames"
+_SHARD = 4096  # recordings that came as codes, in a shard
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -153,113 +153,112 @@ class Codec:
             return self._model.decode(batch).audio_values[0, 0].float().cpu().numpy()
 
 
-class CodeCache:
-    """Codes on disk: `<root>/<codec>/<key[:2]>/<key>.npy`, int16 [num_codebooks, frames].
-
-    A file appears complete or not at all, so any number of processes may read and write one cache.
-    """
-
-    def __init__(self, root: str | Path, codec_identity: str):
-        self.folder = Path(root) / codec_identity[:16]
-
-    def path(self, key: str) -> Path:
-        """Where the codes of this content key are, or would be."""
-        return self.folder / key[:2] / f"{key}.npy"
-
-    def get(self, key: str) -> np.ndarray | None:
-        """The codes, or None. A damaged file is removed with a warning, and counts as none."""
-        path = self.path(key)
-        try:
-            codes = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, EOFError) as error:
-            damage = str(error)
-        else:
-            if _are_codes(codes):
-                return codes
-            damage = f"{codes.dtype} {list(codes.shape)}"
-        _logger.warning("removed damaged codes %s (%s); they will be made again", path, damage)
-        path.unlink(missing_ok=True)
-        return None
-
-    def put(self, key: str, codes: np.ndarray) -> None:
-        """Keeps int16 codes [num_codebooks, frames].
-
-        Raises:
-            ValueError: they are not of that dtype and shape.
-        """
-        if not _are_codes(codes):
-            found = f"{codes.dtype} {list(codes.shape)}"
-            raise ValueError(f"expected int16 codes [num_codebooks, frames], not {found}")
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{key}.{secrets.token_hex(4)}.tmp")
-        try:
-            with partial.open("wb") as stream:
-                np.save(stream, codes, allow_pickle=False)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
 def encode_missing(
     recordings: Mapping[str, Recording],
     codec_loader: Callable[[], Codec],
     cache: CodeCache,
     *,
-    batch_seconds: float = 60.0,
+    batch_seconds: float = 120.0,
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
+    flush_seconds: float = 60.0,
 ) -> list[tuple[str, str]]:
-    """Encodes this rank's share of what the cache lacks.
+    """Encodes and measures this rank's share of what the cache lacks.
 
-    Every recording belongs to one rank, by its place when all are sorted by size: the ranks get a similar
-    load without exchanging a word, and none is confused by what another has already written. Reading runs
-    ahead of encoding.
+    Batches are planned over all recordings, missing or not (see `codec_batches`), and whole batches are written
+    together. So a run that was killed loses `flush_seconds` of work, and the next one ends with the same codes.
+    The ranks share the work without exchanging a word, and none is confused by what another has already written.
 
     Args:
         recordings: content key -> recording; the same on all ranks.
-        codec_loader: called only if there is something to encode.
+        codec_loader: called only if something is missing, on any rank.
+        cache: `refresh` it when all ranks are done, to see what the others have written.
         batch_seconds: audio encoded at a time; a longer recording goes alone.
         progress: shows a bar of clips, on rank 0.
+        flush_seconds: of wall time, between two shards.
 
     Returns:
         (key, what is wrong) for each recording of this share that cannot be encoded, in the order of their
-        keys.
+        keys; the same at every call.
+
+    Raises:
+        ConfigError: a batch does not fit into the memory of the device.
+        OSError: the cache cannot be written.
     """
-    share = recordings
-    if world_size > 1:
-        share = sorted(recordings, key=lambda key: (recordings[key].num_bytes, key))[rank::world_size]
-    missing = [key for key in share if cache.get(key) is None]
+    cache.refresh()
+    missing = {key for key in recordings if key not in cache}
     if not missing:
         return []
     codec = codec_loader()
-    problems: list[tuple[str, str]] = []
-    lengths: dict[str, int] = {}
-    for key in missing:
+    given = sorted(key for key in recordings if recordings[key].codes is not None)
+    problems = _keep_given_codes({k: recordings[k] for k in given[rank::world_size] if k in missing}, codec, cache)
+    frames, without_header = _frames(recordings, missing, codec, cache)
+    problems += without_header[rank::world_size]
+    plan = plan_batches(frames, batch_seconds * codec.sampling_rate / codec.hop_length)
+    share = [[key for key in batch if key in missing] for batch in share_of(plan, frames, rank, world_size)]
+    share = [batch for batch in share if batch]
+    done: list[Encoded] = []
+    written, seconds, clips = time.monotonic(), 0.0, sum(map(len, share))
+    with tqdm(total=clips, desc="encode", unit="clip", disable=not (progress and rank == 0)) as bar:
         try:
-            lengths[key] = count_samples(recordings[key], codec.sampling_rate)
-        except AudioError as error:
-            problems.append((key, str(error)))
-
-    batches = _batches(lengths, codec.hop_length, batch_seconds * codec.sampling_rate)
-    seconds = 0.0
-    with tqdm(total=len(lengths), desc="encode", unit="clip", disable=not (progress and rank == 0)) as bar:
-        for batch in _read_ahead(batches, lambda key: read_mono(recordings[key], codec.sampling_rate)):
-            waveforms = {}
-            for key, reading in batch.items():
-                try:
-                    waveforms[key] = reading.result()
-                except AudioError as error:
-                    problems.append((key, str(error)))
-            for key, codes in zip(waveforms, codec.encode(list(waveforms.values())), strict=True):
-                cache.put(key, codes)
-            seconds += sum(map(len, waveforms.values())) / codec.sampling_rate
-            bar.set_postfix_str(f"{seconds:,.0f} s of audio", refresh=False)
-            bar.update(len(batch))
+            for read, unreadable in read_ahead(recordings, share, codec.sampling_rate):
+                encoded, too_large = _encode_batch(read, codec)
+                done += encoded
+                problems += unreadable + too_large
+                if time.monotonic() - written >= flush_seconds:
+                    cache.put(done)
+                    done, written = [], time.monotonic()
+                seconds += sum(item.facts.seconds for item in encoded)
+                bar.set_postfix_str(f"{seconds:,.0f} s of audio", refresh=False)
+                bar.update(len(read) + len(unreadable))
+        finally:
+            cache.put(done)
     return sorted(problems)
+
+
+def _keep_given_codes(given: Mapping[str, Recording], codec: Codec, cache: CodeCache) -> list[tuple[str, str]]:
+    """Puts codes that came with the data into the cache, as they are; what is wrong with those that do not fit."""
+    problems, fitting = [], []
+    for key, recording in given.items():
+        codes, size = recording.code_array, codec.codebook_size
+        if len(codes) != codec.num_codebooks or not codes.size:
+            remedy = f"the codec's are [{codec.num_codebooks}, 1 frame or more]"
+            problems.append((key, f"{recording}: shape {list(codes.shape)} → {remedy}"))
+        elif codes.min() < 0 or codes.max() >= size:
+            remedy = "give the codec's own codes, without BOS, EOS and delay"
+            span = f"span {codes.min()} to {codes.max()}, outside 0 to {size - 1}"
+            problems.append((key, f"{recording}: {span} → {remedy}"))
+        else:
+            fitting.append(Encoded(key, codes))
+    for start in range(0, len(fitting), _SHARD):
+        cache.put(fitting[start : start + _SHARD])
+    return problems
+
+
+def _frames(
+    recordings: Mapping[str, Recording], missing: set[str], codec: Codec, cache: CodeCache
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Frames of every recording that has audio, by the cache or the header; and what is wrong with headers."""
+    audible = [key for key in sorted(recordings) if recordings[key].codes is None]
+    frames = {key: cache.frames(key) for key in audible if key not in missing}
+    samples, problems = count_all(recordings, [key for key in audible if key in missing], codec.sampling_rate)
+    return frames | {key: -(-count // codec.hop_length) for key, count in samples.items()}, problems
+
+
+def _encode_batch(
+    read: Mapping[str, tuple[np.ndarray, AudioFacts]], codec: Codec
+) -> tuple[list[Encoded], list[tuple[str, str]]]:
+    try:
+        codes = codec.encode([wave for wave, _ in read.values()])
+    except torch.OutOfMemoryError as error:
+        seconds = max(facts.seconds for _, facts in read.values())
+        if len(read) > 1:
+            what = f"{len(read)} recordings of {seconds:.1f} s do not fit into the device's memory at once"
+            raise ConfigError("The codec ran out of memory.", [f"codec_batch_seconds: {what} → lower it"]) from error
+        (key,) = read
+        return [], [(key, f"{seconds:,.1f} s do not fit into the device's memory → cut it into pieces")]
+    return [Encoded(key, row, facts) for (key, (_, facts)), row in zip(read.items(), codes, strict=True)], []
 
 
 def _heading(folder: Path) -> str:
@@ -281,10 +280,6 @@ def _codec_files(folder: Path) -> list[Path]:
     return [*configs, *weights]
 
 
-def _are_codes(codes: np.ndarray) -> bool:
-    return codes.dtype == np.int16 and codes.ndim == 2 and codes.size > 0
-
-
 @contextlib.contextmanager
 def _exact_arithmetic() -> Iterator[None]:
     """True fp32 on the GPU: TF32 rounds to 10 bits, enough to tip a frame over to a neighbouring code."""
@@ -295,29 +290,3 @@ def _exact_arithmetic() -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
-
-
-def _batches(lengths: Mapping[str, int], hop_length: int, batch_samples: float) -> list[list[str]]:
-    """Keys in batches of one padded length, of at most `batch_samples` or one recording; longest first."""
-    by_frames = defaultdict(list)
-    for key in sorted(lengths):
-        by_frames[-(-lengths[key] // hop_length)].append(key)
-    batches = []
-    for frames in sorted(by_frames, reverse=True):  # so that memory runs out in the first batch or never
-        size = max(1, int(batch_samples // max(1, frames * hop_length)))
-        keys = by_frames[frames]
-        batches += [keys[start : start + size] for start in range(0, len(keys), size)]
-    return batches
-
-
-def _read_ahead(
-    batches: Iterable[list[str]], read: Callable[[str], np.ndarray], ahead: int = 2
-) -> Iterator[dict[str, Future]]:
-    """The readings of each batch, begun while up to `ahead` batches before it are still in use."""
-    with ThreadPoolExecutor(max_workers=4, thread_name_prefix="read-audio") as pool:
-        begun = deque()
-        for batch in batches:
-            begun.append({key: pool.submit(read, key) for key in batch})
-            if len(begun) > ahead:
-                yield begun.popleft()
-        yield from begun

@@ -4,6 +4,7 @@ The same fields as the original's Conversation (boson_multimodal/data_types.py),
 and every format can be written as ChatML without loss.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,3 +73,33 @@ class Row:
     number: int
     conversation: Conversation | None
     problems: tuple[str, ...] = ()
+
+
+def speech(
+    text: str,
+    recording: Recording,
+    references: Sequence[tuple[str | None, Recording]] = (),
+    speaker: str | None = None,
+    misc: dict[str, Any] | None = None,
+    row: int = 0,
+) -> Conversation:
+    """The conversation of a row that is no conversation yet: a text, who speaks it, and in whose voice.
+
+    Args:
+        text: to speak.
+        recording: of the text.
+        references: transcript, None if it is not known, and recording of each.
+        misc: kept; `task_type` is added to it unless it has one.
+    """
+    content: list[Text | Audio] = []
+    for transcript, reference in references:
+        content += [Audio(reference)] if transcript is None else [Text(transcript), Audio(reference)]
+    misc = dict(misc or {})
+    if misc.get("task_type") is None:
+        misc["task_type"] = ("single_speaker", "voice_cloning", "multi_speaker")[min(len(references), 2)]
+    return Conversation(
+        messages=(Message("user", (*content, Text(text))), Message("assistant", (Audio(recording),))),
+        speaker=speaker,
+        misc=misc,
+        row=row,
+    )

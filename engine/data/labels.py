@@ -8,12 +8,17 @@ golden fixtures prove it. For a clip of T frames and C codebooks::
 
 Each codebook thus learns to stop by itself, one step after the codebook before it; nothing else ends generation.
 Labels are not shifted: the label at a position is the token of that position (the model predicts it one earlier).
+
+With Whisper conditioning a clip that is heard (`<|AUDIO|>`, never a spoken `<|AUDIO_OUT|>`) is its Whisper positions
+first and then its stream. They keep the placeholder's id, are text positions to the model, and have no labels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from engine.data.mels import embeddings
 from engine.data.prompts import IGNORED, Prompt, SpecialTokens
 
 
@@ -53,11 +58,14 @@ class Sample:
     """A conversation as the model is trained on it; L positions, A of them audio frames.
 
     Attributes:
-        input_ids: int32 [L]; every audio position carries the audio token id.
+        input_ids: int32 [L]; every audio position carries the audio token id, every Whisper position that of
+            `<|AUDIO|>`.
         labels: int32 [L]; text targets, not shifted, IGNORED elsewhere.
         audio_ids: int16 [A, C]; delayed streams of all clips, in position order.
         audio_labels: int16 [A, C]; audio targets, not shifted.
         row: row of the data file.
+        mels: float16 [rows, n_mels]; what Whisper hears of each clip with Whisper positions, in position order.
+        mel_starts: first Whisper position of each.
     """
 
     input_ids: np.ndarray
@@ -65,6 +73,8 @@ class Sample:
     audio_ids: np.ndarray
     audio_labels: np.ndarray
     row: int = 0
+    mels: tuple[np.ndarray, ...] = ()
+    mel_starts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -79,33 +89,53 @@ class Sample:
         return (self.audio_labels != IGNORED).sum(0)
 
 
-def merge(prompt: Prompt, codes: list[np.ndarray], special: SpecialTokens, stream: StreamIds, row: int = 0) -> Sample:
-    """Replaces each placeholder by the frames of its clip.
+def merge(
+    prompt: Prompt,
+    codes: list[np.ndarray],
+    special: SpecialTokens,
+    stream: StreamIds,
+    row: int = 0,
+    mels: Sequence[np.ndarray | None] | None = None,
+) -> Sample:
+    """Replaces each placeholder by the Whisper positions, if any, and the frames of its clip.
 
     Args:
         codes: for each clip of the prompt, codec codes [C, T].
+        mels: for each clip what Whisper hears of it (engine.data.mels), None for one without; None for none at all.
 
     Raises:
-        ValueError: the number of clips and placeholders differ.
+        ValueError: the number of clips, spectrograms and placeholders differ; a spoken clip has a spectrogram.
     """
     ids, labels = prompt.input_ids, prompt.labels
     placeholder = (ids == special.audio_in) | (ids == special.audio_out)
+    mels = [None] * len(codes) if mels is None else mels
     if placeholder.sum() != len(codes):
         raise ValueError(f"{placeholder.sum()} audio placeholders, but codes of {len(codes)} clips")
+    if len(mels) != len(codes):
+        raise ValueError(f"codes of {len(codes)} clips, but mels of {len(mels)}")
+    heard = np.array([0 if m is None else embeddings(len(m)) for m in mels], np.int64)
+    if (heard.astype(bool) & (ids[placeholder] == special.audio_out)).any():
+        raise ValueError("a spoken clip has a spectrogram: only <|AUDIO|> is heard through Whisper")
     streams = [delayed_stream(c, stream) for c in codes]
     targets = [
         delayed_labels(c, stream) if trained else np.full_like(s, IGNORED)
         for c, s, trained in zip(codes, streams, prompt.trained, strict=True)
     ]
     repeats = np.ones(len(ids), np.int64)
-    repeats[placeholder] = [len(s) for s in streams]
+    repeats[placeholder] = heard + [len(s) for s in streams]
+    starts = (np.cumsum(repeats) - repeats)[placeholder]
+    input_ids = np.repeat(np.where(placeholder, special.audio_out, ids), repeats).astype(np.int32)
+    for start, count in zip(starts, heard, strict=True):
+        input_ids[start : start + count] = special.audio_in
     empty = np.zeros((0, stream.codebooks), np.int16)
     return Sample(
-        input_ids=np.repeat(np.where(placeholder, special.audio_out, ids), repeats).astype(np.int32),
+        input_ids=input_ids,
         labels=np.repeat(np.where(placeholder, IGNORED, labels), repeats).astype(np.int32),
         audio_ids=np.concatenate([empty, *streams]),
         audio_labels=np.concatenate([empty, *targets]),
         row=row,
+        mels=tuple(m for m, count in zip(mels, heard, strict=True) if count),
+        mel_starts=tuple(int(start) for start, count in zip(starts, heard, strict=True) if count),
     )
 
 

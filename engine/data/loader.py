@@ -3,27 +3,27 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import data as torch_data
 
 from engine.data.batches import MicroBatch
-from engine.data.labels import Sample
+from engine.data.dataset import Dataset
 from engine.data.packing import PackedBatch, empty_sample, pack
 
 
-class _Packer(Dataset):
+class _Packer(torch_data.Dataset):
     """Indexed by a micro-batch (a tuple of sample numbers), so that the sampler is the plan itself."""
 
-    def __init__(self, samples: list[Sample], audio_token_id: int):
-        self.samples, self.audio_token_id = samples, audio_token_id
-        self.nothing = empty_sample(samples[0].audio_ids.shape[1])
+    def __init__(self, data: Dataset, audio_token_id: int):
+        self.data, self.audio_token_id = data, audio_token_id
+        self.nothing = empty_sample(data.codebooks)
 
     def __getitem__(self, micro_batch: MicroBatch) -> PackedBatch:
-        chosen = [self.samples[i] for i in micro_batch] or [self.nothing]
+        chosen = [self.data[i] for i in micro_batch] or [self.nothing]
         return pack(chosen, self.audio_token_id)
 
 
 def packed_batches(
-    samples: list[Sample],
+    data: Dataset,
     micro_batches: Iterable[MicroBatch],
     *,
     audio_token_id: int,
@@ -32,8 +32,8 @@ def packed_batches(
 ) -> Iterator[PackedBatch]:
     """Packed rows in the order of `micro_batches`; an empty one becomes a row that trains nothing."""
     return iter(
-        DataLoader(
-            _Packer(samples, audio_token_id),
+        torch_data.DataLoader(
+            _Packer(data, audio_token_id),
             batch_size=None,
             sampler=micro_batches,
             num_workers=workers,

@@ -3,6 +3,9 @@
 The model keeps its hidden states in *modality order*: all text positions of the row first, then all audio
 positions, so that each FFN, each norm and each embedding is one dense operation on a contiguous slice and no layer
 has to look at a mask. Only attention works in *sequence order*; `to_sequence` and `to_modality` lead there and back.
+
+Whisper positions are text positions; which row takes which of the encoder's outputs is known here too. Without them
+the fields are empty.
 """
 
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.data.labels import Sample
+from engine.data.mels import CHUNK_FRAMES, TAIL, chunks, pooled
 from engine.data.prompts import IGNORED
 
 
@@ -31,6 +35,10 @@ class PackedBatch:
         text_targets: int64 [text targets].
         audio_target_rows: int64 [audio targets]; rows whose next frame has a label in some codebook.
         audio_targets: int64 [audio targets, C], IGNORED where a codebook has none.
+        mels: float16 [chunks, frames, n_mels]; the 30 s chunks of all clips that are heard, filled up with zeros.
+        mel_frames: int64 [chunks]; valid frames of each.
+        whisper_index: int64 [Whisper positions]; each one's place among the pooled outputs of all chunks as one.
+        whisper_rows: int64 [Whisper positions]; the row of each.
     """
 
     text_ids: torch.Tensor
@@ -44,6 +52,10 @@ class PackedBatch:
     text_targets: torch.Tensor
     audio_target_rows: torch.Tensor
     audio_targets: torch.Tensor
+    mels: torch.Tensor
+    mel_frames: torch.Tensor
+    whisper_index: torch.Tensor
+    whisper_rows: torch.Tensor
 
     @property
     def tokens(self) -> int:
@@ -91,6 +103,7 @@ def pack(samples: Sequence[Sample], audio_token_id: int) -> PackedBatch:
     audio_labels[is_audio] = np.concatenate([s.audio_labels for s in samples])
     next_audio = _next(np.split(audio_labels, starts[1:-1]))
     audio_places = np.flatnonzero((next_audio != IGNORED).any(1))
+    mels, mel_frames, whisper_index, whisper_places = _pack_mels(samples, starts)
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
@@ -107,7 +120,31 @@ def pack(samples: Sequence[Sample], audio_token_id: int) -> PackedBatch:
         text_targets=tensor(next_text[text_places]),
         audio_target_rows=tensor(to_sequence[audio_places]),
         audio_targets=tensor(next_audio[audio_places]),
+        mels=tensor(mels, torch.float16),
+        mel_frames=tensor(mel_frames),
+        whisper_index=tensor(whisper_index),
+        whisper_rows=tensor(to_sequence[whisper_places]),
     )
+
+
+def _pack_mels(samples: Sequence[Sample], starts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The chunks, their frames, and of each Whisper position its place among their outputs and in the sequence."""
+    found, places = [], [np.zeros(0, np.int64)]
+    for sample, start in zip(samples, starts[:-1], strict=True):
+        for clip, place in zip(sample.mels, start + np.array(sample.mel_starts, np.int64), strict=True):
+            for first, frames in chunks(len(clip)):
+                if pooled(frames):
+                    found.append((clip[first : first + min(frames + TAIL, CHUNK_FRAMES)], frames))
+                    places.append(place + np.arange(pooled(frames)))
+                    place += pooled(frames)
+    if not found:
+        return np.zeros((0, 0, 0), np.float16), *[np.zeros(0, np.int64)] * 3
+    longest = max(len(rows) for rows, _ in found)
+    mels = np.zeros((len(found), longest, found[0][0].shape[1]), np.float16)
+    for chunk, (rows, _) in zip(mels, found, strict=True):
+        chunk[: len(rows)] = rows
+    index = [number * pooled(longest) + np.arange(pooled(frames)) for number, (_, frames) in enumerate(found)]
+    return mels, np.array([frames for _, frames in found]), np.concatenate(index), np.concatenate(places)
 
 
 def _next(labels: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Builds the model without memory and fills it with its first weights, shard by shard.
 
 The model is made on the meta device, chosen parts are frozen or wrapped in adapters, the backend shards it, and
-only then are weights read: each process reads the rows it keeps. Adapters get their first values from a generator
-seeded by their own name, so that they do not depend on how many processes share them.
+only then are weights read: each process reads the rows it keeps. Adapters and a projection that no checkpoint holds
+get their first values from a generator seeded by their own name, so that they do not depend on how many processes
+share them.
 """
 
 import hashlib
@@ -13,8 +14,9 @@ from torch import nn
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2RotaryEmbedding
 
-from engine.model.keys import base_name
+from engine.model.keys import WHISPER, base_name
 from engine.model.weights import WeightFiles
+from engine.model.whisper_source import WhisperSource
 
 
 def build_on_meta(config: HiggsAudioV2Config) -> HiggsAudioV2ForConditionalGeneration:
@@ -29,25 +31,36 @@ class InitialWeights:
 
     Args:
         files: the base model.
-        seed: of the adapters.
+        seed: of what is new.
+        whisper: the encoder and perhaps projection of a model with Whisper conditioning.
     """
 
-    def __init__(self, files: WeightFiles, seed: int):
-        self.files, self.seed = files, seed
+    def __init__(self, files: WeightFiles, seed: int, whisper: WhisperSource | None = None):
+        self.files, self.seed, self.whisper = files, seed, whisper
 
     def check(self, model: nn.Module) -> None:
-        """Raises ModelError unless the files hold exactly what the model needs."""
-        self.files.check({base_name(n): tuple(p.shape) for n, p in model.named_parameters() if ".lora_" not in n})
+        """Raises ModelError unless the files hold exactly what the model needs. A WhisperSource checks itself."""
+        shapes = {base_name(n): tuple(p.shape) for n, p in model.named_parameters() if ".lora_" not in n}
+        self.files.check({name: shape for name, shape in shapes.items() if not name.startswith(WHISPER)})
 
     def read(self, name: str, shape: torch.Size, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` of a parameter whose full shape is `shape`."""
-        if ".lora_" not in name:
-            return self.files.read(base_name(name), start, stop)
-        return self._adapter(name, shape)[start:stop]
+        if ".lora_" in name:
+            return self._adapter(name, shape)[start:stop]
+        name = base_name(name)
+        if not name.startswith(WHISPER):
+            return self.files.read(name, start, stop)
+        if name in self.whisper.shapes:
+            return self.whisper.read(name, start, stop)
+        return self._linear(name, shape)[start:stop]
 
     def _adapter(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """LoRA's start: A uniform as a linear layer's default, B zero, so that the first forward is the base's."""
-        if ".lora_B." in name:
+        """LoRA's start: A as a linear layer, B zero, so that the first forward is the base's."""
+        return torch.zeros(shape) if ".lora_B." in name else self._linear(name, shape)
+
+    def _linear(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """A weight uniform as a linear layer's default, a bias zero."""
+        if len(shape) == 1:
             return torch.zeros(shape)
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "little") >> 1
         bound = 1 / math.sqrt(shape[1])

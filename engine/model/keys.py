@@ -13,9 +13,14 @@ ORIGINAL_TO_NATIVE = (
     (r"^norm\.", "model.norm."),
     (r"^audio_codebook_embeddings\.", "model.embed_audio_tokens.embed_audio_tokens."),
     (r"^audio_decoder_proj\.(audio_lm_head|text_lm_head)\.", r"\1."),
+    (r"^audio_tower\.", "whisper.encoder."),
+    (r"^audio_encoder_proj\.linear\.", "whisper.projection."),
 )
 IGNORED_ORIGINALS = re.compile(r"^audio_codebook_weights$|rotary_emb\.inv_freq$")
 SPLIT_PARTS = re.compile(r"\.(?:embedding|linear)_(frozen|trainable)\b")
+
+WHISPER = "whisper."
+"""How names begin of what stands beside transformers' model: the Whisper encoder and its projection."""
 
 WRAPPERS = re.compile(
     r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save\.default(?=\.)|\.original_module(?=\.)"

@@ -8,6 +8,9 @@ Inside, hidden states are kept in modality order (engine/data/packing.py): `x[:n
 norms and FFN, `x[n_text:]` through the audio ones, each as one dense product. Both always run, with zero rows
 where need be, so every process runs the same collectives whatever its data (Contract 4). The native layer does
 the same with 18 boolean-mask operations, each of which stops the host to ask the GPU for a size.
+
+A Whisper encoder (engine/model/whisper.py), if there is one, is the model's submodule `whisper`; its positions are
+text positions whose embeddings come from it.
 """
 
 from dataclasses import dataclass
@@ -88,6 +91,7 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
     Attributes set by `install`:
         attend: packed attention function.
         recompute_layers: recompute each layer in the backward instead of keeping its activations.
+        whisper: a WhisperConditioning, None without.
     """
 
     attend: PackedAttentionFunction
@@ -116,7 +120,7 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
 
     def _hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states of the last layer, not yet normed: [T, H] in modality order."""
-        text = self.model.embed_tokens(batch.text_ids)
+        text = self._text_embeddings(batch)
         audio = self.model.embed_audio_tokens(batch.audio_ids)
         x = torch.cat([text, audio])
         rows = PackedRows(
@@ -134,6 +138,16 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
                 x = layer(x, positions, rows=rows)
         return x
 
+    def _text_embeddings(self, batch: PackedBatch) -> torch.Tensor:
+        """[text, H], at Whisper positions what the encoder heard."""
+        text = self.model.embed_tokens(batch.text_ids)
+        if self.whisper is None:
+            if len(batch.mels):
+                raise ValueError("the row has Whisper positions, the model no encoder for them")
+            return text
+        heard = self.whisper(batch.mels, batch.mel_frames, batch.whisper_index)
+        return text.index_copy(0, batch.whisper_rows, heard.to(text.dtype))
+
 
 def install(model: HiggsAudioV2ForConditionalGeneration, attention: str, recompute_layers: bool) -> PackedHiggsAudio:
     """Gives a native model (with its text head, with or without LoRA) the packed training forward, in place."""
@@ -142,6 +156,10 @@ def install(model: HiggsAudioV2ForConditionalGeneration, attention: str, recompu
     model.__class__ = PackedHiggsAudio
     model.attend = IMPLEMENTATIONS[attention]
     model.recompute_layers = recompute_layers
+    if not hasattr(model, "whisper"):
+        model.whisper = None
+    if model.whisper is not None:
+        model.whisper.recompute_layers = recompute_layers
     for layer in model.model.layers:
         layer.__class__ = PackedDecoderLayer
         layer.self_attn.__class__ = PackedAttention

@@ -8,22 +8,36 @@ from torch import nn
 
 from engine.config import Settings
 from engine.errors import ConfigError
+from engine.model.whisper import WhisperConditioning
 
 HEADS = ("text_lm_head", "audio_lm_head")
 FROZEN_BY_FREEZE_LLM = ("model.layers.", "model.norm.", "model.embed_tokens.")
 """As the original's freeze_llm(): the body and the text embeddings; audio embeddings and both heads are trained."""
 
-WHISPER_FLAGS = ("freeze_audio_tower", "freeze_audio_encoder_proj")
 
-
-def choose_trainable(model: nn.Module, settings: Settings) -> nn.Module:
+def choose_trainable(model: nn.Module, settings: Settings, whisper: WhisperConditioning | None = None) -> nn.Module:
     """Freezes, or wraps in adapters, as the settings say. The model may be on the meta device.
+
+    Args:
+        whisper: becomes the submodule `whisper` of `model`. Its own two settings alone say what of it is trained,
+            with adapters and without. It comes after them, for their targets are names of its layers too.
 
     Raises:
         ConfigError: a pattern or target that matches nothing, or that cannot be trained.
     """
-    if settings.use_lora:
-        return _add_lora(model, settings)
+    wrapped = _add_lora(model, settings) if settings.use_lora else model
+    if whisper is not None:
+        model.whisper = whisper
+    if not settings.use_lora:
+        _freeze(model, settings)
+    if whisper is not None:
+        whisper.choose_trainable(not settings.freeze_audio_tower, not settings.freeze_audio_encoder_proj)
+    if not any(p.requires_grad for p in wrapped.parameters()):
+        raise ConfigError("What to train:", ["nothing is left to train → loosen train_modules or freeze_llm"])
+    return wrapped
+
+
+def _freeze(model: nn.Module, settings: Settings) -> None:
     names = [name for name, _ in model.named_parameters()]
     problems = [
         f"train_modules: {pattern!r} matches no parameter → names look like {names[0]!r} or {names[-1]!r}"
@@ -35,9 +49,6 @@ def choose_trainable(model: nn.Module, settings: Settings) -> nn.Module:
     for name, parameter in model.named_parameters():
         chosen = not settings.train_modules or any(fnmatch.fnmatch(name, _glob(p)) for p in settings.train_modules)
         parameter.requires_grad = chosen and not (settings.freeze_llm and name.startswith(FROZEN_BY_FREEZE_LLM))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("What to train:", ["nothing is left to train → loosen train_modules or freeze_llm"])
-    return model
 
 
 def _glob(pattern: str) -> str:
@@ -96,9 +107,9 @@ def describe(model: nn.Module, settings: Settings) -> list[str]:
     kind = "LoRA" if settings.use_lora else "full"
     lines = [f"{kind}: {trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"]
     lines += [f"  {group:<40} {count:>15,}" for group, (count, _) in groups.items() if count]
-    for flag in WHISPER_FLAGS:
-        if getattr(settings, flag):
-            lines.append(f"  {flag}: this model has no such module, nothing to freeze")
+    has_whisper = any(isinstance(module, WhisperConditioning) for module in model.modules())
+    if settings.freeze_audio_encoder_proj and not has_whisper:
+        lines.append("  freeze_audio_encoder_proj: this model has no such module, nothing to freeze")
     return lines
 
 

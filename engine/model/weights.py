@@ -2,17 +2,17 @@
 
 `WeightFiles` shows any folder (native `higgs_audio_v2` or original `higgs_audio`, one file or shards) under native
 names. Slices come from memory-mapped safetensors, so a rank that needs an eighth of a tensor touches an eighth.
+The audio tower that an original checkpoint may have is no part of the native model and is kept apart.
 """
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import HiggsAudioV2Config, PreTrainedTokenizerFast
 
 from engine.errors import ModelError
-from engine.model.keys import is_second_part, native_name
+from engine.model.keys import WHISPER, native_name
+from engine.model.tensor_files import TensorFiles, read_json, weight_files
 
 DOWNLOAD_HINT = "download the model first (huggingface-cli download … --local-dir DIR) and give that folder"
 
@@ -25,6 +25,9 @@ class WeightFiles:
         format: "native" or "original".
         config: native configuration, converted where the folder is in the original format.
         shapes: native name -> shape of each tensor.
+        tower_shapes: likewise for the audio tower of an original checkpoint, under our names (`whisper.`).
+        tower_config: the tower's part of config.json, None where the checkpoint says that it has none.
+        uses_tower: whether the checkpoint was trained with the tower's features.
 
     Raises:
         ModelError: no config.json, unknown or unsupported model type, no weights, missing shards.
@@ -32,8 +35,9 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        raw = _read_config(self.folder)
+        raw = read_json(self.folder / "config.json", f"model_path must be a model folder; {DOWNLOAD_HINT}")
         kind = raw.get("model_type")
+        self.tower_config, self.uses_tower = None, False
         if kind == "higgs_audio_v2":
             self.format = "native"
             self.config = HiggsAudioV2Config.from_dict(raw)
@@ -41,47 +45,23 @@ class WeightFiles:
         elif kind == "higgs_audio":
             self.format = "original"
             self.config = convert_config(raw, self.folder)
+            if not raw.get("skip_audio_tower"):
+                self.tower_config = dict(raw.get("audio_encoder_config") or {})
+                self.uses_tower = bool(raw.get("encode_whisper_embed", True))
         else:
             raise ModelError(
                 f"{self.folder}: model_type is {kind!r} → a Higgs Audio v2 model has higgs_audio_v2 or higgs_audio."
             )
-        self._files: dict[str, safe_open] = {}
-        self._parts: dict[str, list[tuple[str, str]]] = {}
-        for file in _weight_files(self.folder):
-            self._index(file)
-        self.shapes = {name: self._shape(name) for name in self._parts}
-
-    def _index(self, file: Path) -> None:
-        try:
-            opened = self._files[str(file)] = safe_open(str(file), framework="pt")
-        except Exception as error:  # safetensors raises its own untyped error for damaged headers
-            raise ModelError(f"{file}: not a readable safetensors file ({error}) → download it again.") from None
-        for key in opened.keys():  # noqa: SIM118  (not a dict)
-            name = native_name(key) if self.format == "original" else key
-            if name is not None:
-                parts = self._parts.setdefault(name, [])
-                parts.insert(len(parts) if is_second_part(key) else 0, (str(file), key))
-
-    def _slices(self, name: str) -> list:
-        return [self._files[file].get_slice(key) for file, key in self._parts[name]]
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        shapes = [tuple(part.get_shape()) for part in self._slices(name)]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        original = self.format == "original"
+        files = weight_files(self.folder, DOWNLOAD_HINT)
+        self._tensors = TensorFiles(files, native_name if original else lambda key: key)
+        shapes = self._tensors.shapes
+        self.tower_shapes = {n: shapes[n] for n in shapes if original and n.startswith(WHISPER)}
+        self.shapes = {n: shapes[n] for n in shapes if n not in self.tower_shapes}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (dim 0) of a tensor, in the stored dtype."""
-        stop = self.shapes[name][0] if stop is None else stop
-        rows, offset = [], 0
-        for part in self._slices(name):
-            size = part.get_shape()[0]
-            low, high = max(start - offset, 0), min(stop - offset, size)
-            if low < high:
-                rows.append(part[low:high])
-            offset += size
-        if not rows:
-            return self._slices(name)[0][0:0]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return self._tensors.read(name, start, stop)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compares names and shapes with those of the model to fill.
@@ -104,30 +84,6 @@ def _why_missing(name: str) -> str:
     if name != "text_lm_head.weight":
         return ""
     return " → the folder was saved without its text head; take a complete copy of the base model"
-
-
-def _read_config(folder: Path) -> dict:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{folder}: no config.json there → model_path must be a model folder; {DOWNLOAD_HINT}.")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON ({error}) → download it again.") from None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
-        missing = [f"{f.name} is missing" for f in files if not f.is_file()]
-        if missing:
-            raise ModelError(f"{folder}: shards named in {index.name} are not there → {DOWNLOAD_HINT}:", missing)
-        return files
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json → {DOWNLOAD_HINT}.")
 
 
 def _check_native(folder: Path, config: HiggsAudioV2Config) -> None:
@@ -154,7 +110,6 @@ def convert_config(original: dict, folder: Path) -> HiggsAudioV2Config:
         "audio_embed_avg false": not original.get("audio_embed_avg"),
         "use_audio_out_embed_projector false": not original.get("use_audio_out_embed_projector"),
         "audio_decoder_proj_num_layers 0": not original.get("audio_decoder_proj_num_layers"),
-        "skip_audio_tower true": bool(original.get("skip_audio_tower")),
         "use_rq_transformer false": not original.get("use_rq_transformer"),
         "audio_ffn sizes equal to the text FFN's": (
             original.get("audio_ffn_hidden_size") in (None, text["hidden_size"])

@@ -1,8 +1,10 @@
 """One rank of the backend comparison: the same ten steps through each backend named, results of rank 0 to a file.
 
-    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3_offload, with -lora, -bf16 or -hybrid
+    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3_offload, with -lora, -bf16 or -hybrid,
+                                            -whisper, and -tower for a trained encoder
 
-The micro-batches of a step are chosen to be awkward: one has text only, one has audio only.
+The micro-batches of a step are chosen to be awkward: one has text only, one has audio only, and one alone is heard
+through Whisper, so that of two processes one never is. The Whisper model lies beside MODEL.
 """
 
 import gc
@@ -17,28 +19,34 @@ from engine.data.packing import pack
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.weights import WeightFiles
 from engine.runtime.distributed import exit_cleanly, init_process_group, shutdown
+from tests.model.whisper_tiny import heard_sample
 from tests.tiny import random_sample
 
 STEPS, MICRO_BATCHES = 10, 4
 
 
-def micro_batches(step: int) -> list[list]:
+def micro_batches(step: int, whisper: bool = False) -> list[list]:
     rng = np.random.default_rng(step)
     kinds = [[(9, 0), (14, 0)], [(0, 21)], [(12, 18), (5, 9)], [(7, 11)]]
-    return [[random_sample(rng, *sizes) for sizes in kind] for kind in kinds]
+    batches = [[random_sample(rng, *sizes) for sizes in kind] for kind in kinds]
+    if whisper:
+        batches[2] = [heard_sample(rng, 12, 18, frames=90), heard_sample(rng, 5, 9, frames=33)]
+    return batches
 
 
 def settings_for(case: str, model: str, world_size: int) -> Settings:
-    backend, _, variant = case.partition("-")
-    lora = variant == "lora"
+    backend, *variants = case.split("-")
+    lora = "lora" in variants
     settings = Settings(
         model_path=model,
         audio_tokenizer_path=model,
         train_data_file=model,
         backend="deepspeed" if backend.startswith("zero") else backend,
         ds_config=backend if backend.startswith("zero") else "zero2",
-        fsdp_replicas=world_size if variant == "hybrid" else 1,
-        bf16=variant == "bf16",
+        fsdp_replicas=world_size if "hybrid" in variants else 1,
+        bf16="bf16" in variants,
+        whisper_conditioning=str(Path(model).parent / "whisper") if "whisper" in variants else "off",
+        freeze_audio_tower="tower" not in variants,
         gradient_checkpointing=True,
         micro_batches_per_step=MICRO_BATCHES,
         max_grad_norm=0.5,
@@ -59,7 +67,7 @@ def run(case: str, model: str, world) -> dict[str, np.ndarray]:
     assert buffers["inv_freq"] == torch.float32 and buffers["audio_tokens_offsets"] == torch.int64, buffers
     results: dict[str, list] = {"losses": [], "grad_norms": []}
     for step in range(STEPS):
-        samples = micro_batches(step)
+        samples = micro_batches(step, "-whisper" in case)
         everything = [s for batch in samples for s in batch]
         audio = tuple(int(n) for n in sum(s.audio_targets for s in everything))
         targets = Targets(sum(s.text_targets for s in everything), audio)

@@ -36,8 +36,10 @@ def results(tmp_path_factory):
     [*((case, n) for case in [*CASES, *LORA_CASES[1:]] for n in (1, 2)), *((case, 2) for case in MORE_CASES)],
 )
 def test_backend_equals_plain_torch(case, world_size, results):
-    wanted = results("none-lora" if case.endswith("lora") else "none", 1)
-    got = results(case, world_size)
+    assert_same_run(results(case, world_size), results("none-lora" if case.endswith("lora") else "none", 1))
+
+
+def assert_same_run(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     np.testing.assert_allclose(got["losses"], wanted["losses"], rtol=1e-5)
     np.testing.assert_allclose(got["grad_norms"], wanted["grad_norms"], rtol=1e-5)
     gradients = [name for name in wanted if name.startswith("gradient ")]

@@ -12,8 +12,9 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from engine.cli import main
 from engine.data.audio import content_key
-from engine.data.formats.chatml import read_chatml
-from engine.data.codec import CodeCache, codec_identity
+from engine.data.code_cache import CodeCache
+from engine.data.codec import codec_identity
+from engine.data.formats import read_conversations
 from engine.data.labels import StreamIds, delayed_stream, merge
 from engine.data.prompts import Layout, PromptTokenizer
 from engine.model.weights import load_tokenizer
@@ -46,7 +47,7 @@ def assert_reproduces(model_folder, demo, data_file):
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     tokenize = PromptTokenizer(load_tokenizer(model_folder))
     cache = CodeCache(demo.data_file.parent / "codes", codec_identity(demo.audio_tokenizer_path))
-    for row in read_chatml(data_file):
+    for row in read_conversations(data_file):
         conversation = Layout().apply(row)
         *references, target = (cache.get(content_key(audio.recording)) for audio in conversation.audios)
         prompt = merge(tokenize.inference(conversation), references, tokenize.special, StreamIds())

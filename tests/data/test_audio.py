@@ -1,13 +1,17 @@
 """Recordings: what is read is exact, and each kind of bad audio says what it is."""
 
+import io
+import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.data.audio import AudioError, Recording, content_key, count_samples, read_mono
+from engine.data.audio import AudioError, Recording, content_key, count_samples, decode, duration_of, read_mono
 
 
 def tone(seconds: float, rate: int, hertz: float = 220.0) -> np.ndarray:
@@ -92,6 +96,71 @@ def test_a_segment_outside_the_recording_is_refused(save, segment):
         count_samples(recording, 24_000)
 
 
+WAVE = np.random.default_rng(0).uniform(-0.9, 0.9, 3_000).astype(np.float32)
+ENCODED = io.BytesIO()
+soundfile.write(ENCODED, WAVE, 8_000, subtype="FLOAT", format="WAV")
+
+
+@given(offset=st.floats(0, 0.374), duration=st.none() | st.floats(0.001, 0.5))
+def test_any_segment_is_a_slice(offset, duration):
+    recording = Recording(data=ENCODED.getvalue(), offset=offset, duration=duration)
+    end = 0.375 if duration is None else offset + duration
+    if end > 0.375 + 0.1:
+        with pytest.raises(AudioError, match="outside the recording"):
+            decode(recording)
+        return
+    first = min(round(offset * 8_000), 2_999)
+    expected = WAVE[first : max(first + 1, min(round(end * 8_000), 3_000))]
+    assert np.array_equal(decode(recording).wave, expected)
+    assert duration_of(recording) == len(expected) / 8_000
+    assert len(read_mono(recording, 24_000)) == count_samples(recording, 24_000) == 3 * len(expected)
+
+
+def test_decoding_leaves_rate_channels_and_loudness_as_they_are(save):
+    stereo = np.stack([tone(0.1, 44_100), 0.01 * tone(0.1, 44_100, 330)], axis=1)
+    decoded = decode(save(stereo, 44_100))
+    assert np.array_equal(decoded.samples, stereo) and (decoded.sampling_rate, decoded.channels) == (44_100, 2)
+    assert np.array_equal(decoded.wave, stereo.mean(axis=1))
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.au", "a.mp3"])
+def test_a_recording_that_was_cut_off_is_no_shorter_recording(save, name):
+    recording = save(tone(2.0, 24_000), name=name, subtype="MPEG_LAYER_III" if name == "a.mp3" else "PCM_16")
+    whole = open(recording.path, "rb").read()
+    with open(recording.path, "wb") as stream:
+        stream.write(whole[: len(whole) // 2])
+    with pytest.raises(AudioError, match="cut off.*header promises .* → copy"):
+        decode(recording)
+
+
+def test_a_wav_from_a_pipe_does_not_know_its_length(save):
+    recording = save(tone(0.2, 24_000), subtype="PCM_16")
+    content = bytearray(open(recording.path, "rb").read())
+    for size in (0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):
+        struct.pack_into("<I", content, content.find(b"data") + 4, size)
+        assert len(decode(Recording(data=bytes(content))).wave) == 4_800
+
+
+def without_length(wave: np.ndarray, mode: str) -> bytes:
+    """An mp3 of 24 kHz without the frame that tells its length."""
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, 24_000, "MPEG_LAYER_III", format="MP3", bitrate_mode=mode, compression_level=0.5)
+    content = stream.getvalue()
+    rates = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+    return content[3 * rates[content[2] >> 4] + (content[2] >> 1 & 1) :]  # 72 bytes a kbit, over 24 kHz
+
+
+def test_an_mp3_without_its_length_is_read_whole_or_refused():
+    constant = b"ID3\x03" + bytes(5) + b"\x0a" + bytes(10) + without_length(tone(2.0, 24_000), "CONSTANT")
+    recording = Recording(data=constant)
+    assert len(decode(recording).wave) == count_samples(recording, 24_000) > 48_000
+    loud, quiet = WAVE[np.arange(240_000) % 2_999], np.full(240_000, 1e-4, np.float32)
+    for parts in ([quiet, loud], [loud, quiet]):
+        recording = Recording(data=without_length(np.concatenate(parts), "VARIABLE"))
+        with pytest.raises(AudioError, match="ffmpeg -i IN OUT.flac"):
+            decode(recording)
+
+
 def test_every_kind_of_bad_audio_says_what_it_is(save, tmp_path):
     text = tmp_path / "text.wav"
     text.write_text("not a recording")
@@ -107,6 +176,7 @@ def test_every_kind_of_bad_audio_says_what_it_is(save, tmp_path):
         (Recording(str(truncated)), "not audio, or damaged"),
         (Recording(str(tmp_path / "zero.wav")), "not audio, or damaged"),
         (Recording(data=b"\x00\x01"), "not audio, or damaged"),
+        (Recording(data=b"\0\0\0\x20ftypM4A " + bytes(100)), "convert it to wav or flac, e.g. ffmpeg -i IN OUT.flac"),
         (save(np.zeros(0, np.float32), name="empty.wav"), "empty"),
         (save(np.full(2_400, 5e-5, np.float32), name="silent.wav"), "silent"),
         (save(np.stack([tone(0.1, 24_000), -tone(0.1, 24_000)], 1), name="inverted.wav"), "silent"),
@@ -131,10 +201,25 @@ def test_the_key_is_of_the_content_and_the_segment(save, tmp_path):
         content_key(Recording(str(tmp_path / "gone.wav")))
 
 
-def test_a_recording_is_a_file_or_bytes():
-    for arguments in ({}, {"path": "a.wav", "data": b""}):
-        with pytest.raises(ValueError, match="either a path or data"):
+def test_a_recording_is_a_file_or_bytes_or_codes():
+    for arguments in ({}, {"path": "a.wav", "data": b""}, {"path": "a.wav", "codes": b"", "codebooks": 8}):
+        with pytest.raises(ValueError, match="either a path, data or codes"):
             Recording(**arguments)
+
+
+def test_codes_are_kept_exactly_and_have_no_waveform():
+    codes = np.arange(24, dtype=np.int64).reshape(8, 3)
+    recording = Recording.of_codes(codes)
+    assert np.array_equal(recording.code_array, codes) and recording.num_bytes == 48
+    for use in (decode, duration_of, lambda r: count_samples(r, 24_000), lambda r: read_mono(r, 24_000)):
+        with pytest.raises(AudioError, match="codes of 3 frames: has no waveform"):
+            use(recording)
+    others = [codes.reshape(4, 6), codes[:, :2], codes + 1]
+    keys = {content_key(Recording.of_codes(other)) for other in [codes, *others]}
+    assert len(keys) == 4 and content_key(Recording.of_codes(codes.astype(np.int16))) in keys
+    for wrong in (codes + 40_000, codes[0], codes / 3):
+        with pytest.raises(ValueError, match="fit into int16"):
+            Recording.of_codes(wrong)
 
 
 def test_torchaudio_imports_beside_any_torch():

@@ -1,18 +1,26 @@
-"""The codec and its cache: codes depend on the audio alone, are made once, and survive what befalls files."""
+"""The codec and its use: codes depend on the audio alone, are made once, and survive a kill bit for bit."""
 
 import json
-import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from engine.data.audio import Recording, content_key, read_mono
-from engine.data.codec import Codec, CodeCache, codec_identity, encode_missing
+from engine.data.audio import Recording, content_key, decode, read_mono
+from engine.data.audio_checks import AudioFacts, measure
+from engine.data.code_cache import CodeCache
+from engine.data.codec import Codec, codec_identity, encode_missing
+from engine.data.codec_batches import plan_batches, share_of
 from engine.data.demo_speech import SENTENCES, VOICES, synthesize
-from engine.errors import ModelError
+from engine.errors import ConfigError, ModelError
+
+IDENTITY = "c0dec" * 10
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +43,7 @@ def copied(codec_path, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path):
-    return CodeCache(tmp_path / "cache", "c0dec" * 10)
+    return CodeCache(tmp_path / "cache", IDENTITY)
 
 
 @pytest.fixture
@@ -157,61 +165,6 @@ def test_a_missing_directory_is_named(tmp_path):
             use(tmp_path / "nowhere")
 
 
-def test_the_cache_returns_what_was_put_and_leaves_nothing_else(cache):
-    assert cache.get("ab12") is None
-    cache.put("ab12", codes(8, 5))
-    cache.put("ab12", codes(8, 4))
-    assert np.array_equal(cache.get("ab12"), codes(8, 4))
-    assert cache.path("ab12") == cache.folder / "ab" / "ab12.npy"
-    assert [file.name for file in cache.folder.rglob("*.*")] == ["ab12.npy"]
-
-
-@pytest.mark.parametrize("wrong", [codes(8, 0), codes(8), codes(8, 5).astype(np.int64)])
-def test_the_cache_takes_codes_only(cache, wrong):
-    with pytest.raises(ValueError, match="int16 codes"):
-        cache.put("ab12", wrong)
-    assert not cache.folder.exists()
-
-
-def test_an_interrupted_write_leaves_the_cache_as_it_was(cache, monkeypatch):
-    def full_disk(stream, array, **options):
-        stream.write(b"\x93NUMPY")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(np, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        cache.put("ab12", codes(8, 5))
-    assert cache.get("ab12") is None and not list(cache.folder.rglob("*.*"))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"junk",
-        b"\x93NUMPY\x01\x00",
-        np.zeros((8, 4), np.int64),
-        np.zeros(8, np.int16),
-        np.zeros((8, 0), np.int16),
-    ],
-)
-def test_damaged_codes_count_as_absent_and_are_removed(cache, caplog, content):
-    cache.put("ab12", codes(8, 5))
-    if isinstance(content, bytes):
-        cache.path("ab12").write_bytes(content)
-    else:
-        np.save(cache.path("ab12"), content)
-    with caplog.at_level(logging.WARNING):
-        assert cache.get("ab12") is None
-    assert "damaged" in caplog.text and not cache.path("ab12").exists()
-
-
-def test_a_truncated_file_counts_as_absent(cache):
-    cache.put("ab12", codes(8, 5))
-    cache.path("ab12").write_bytes(cache.path("ab12").read_bytes()[:-1])
-    assert cache.get("ab12") is None
-
-
 def test_everything_is_encoded_once(codec, cache, recordings):
     loads = []
 
@@ -222,33 +175,184 @@ def test_everything_is_encoded_once(codec, cache, recordings):
     assert encode_missing(recordings, load, cache, batch_seconds=1) == []
     for key, recording in recordings.items():
         assert np.array_equal(cache.get(key), codec.encode([read_mono(recording, 24_000)])[0])
+        assert cache.facts(key) == AudioFacts.from_array(measure(decode(recording)).to_array())
     assert encode_missing(recordings, load, cache) == []
     assert len(loads) == 1
 
-    key = next(iter(recordings))
-    cache.path(key).write_bytes(b"")
-    assert encode_missing(recordings, load, cache) == []
-    assert len(loads) == 2 and cache.get(key) is not None
+    before = {key: cache.get(key) for key in recordings}
+    (shard,) = cache.folder.iterdir()
+    shard.unlink()
+    again = CodeCache(cache.folder.parent, IDENTITY)
+    assert encode_missing(recordings, load, again) == []
+    assert len(loads) == 2 and all(np.array_equal(again.get(key), before[key]) for key in recordings)
 
 
 def test_ranks_share_the_work_whatever_the_others_have_done(codec, cache, recordings):
     done = []
     for rank in range(3):
-        before = {key for key in recordings if cache.get(key) is not None}
-        assert encode_missing(recordings, lambda: codec, cache, rank=rank, world_size=3) == []
-        done.append(len(recordings) - len(before) - sum(cache.get(key) is None for key in recordings))
-    assert sorted(done) == [1, 1, 2] and all(cache.get(key) is not None for key in recordings)
+        before = sum(key in cache for key in recordings)
+        assert encode_missing(recordings, lambda: codec, cache, batch_seconds=0.1, rank=rank, world_size=3) == []
+        done.append(sum(key in cache for key in recordings) - before)
+    assert sorted(done) == [1, 1, 2] and all(key in cache for key in recordings)
 
 
-def test_bad_recordings_are_reported_and_the_rest_is_encoded(codec, cache, recordings, tmp_path, capsys):
+def test_bad_recordings_are_reported_each_time_and_the_rest_is_encoded(codec, cache, recordings, tmp_path, capsys):
     soundfile.write(tmp_path / "silent.wav", np.zeros(9_600), 24_000)
     bad = {
-        "silent": Recording(str(tmp_path / "silent.wav")),
-        "absent": Recording(str(tmp_path / "absent.wav")),
-        "outside": Recording(next(iter(recordings.values())).path, offset=60.0),
+        "0" * 64: Recording(str(tmp_path / "absent.wav")),
+        "a" * 64: Recording(next(iter(recordings.values())).path, offset=60.0),
+        "f" * 64: Recording(str(tmp_path / "silent.wav")),
     }
-    problems = encode_missing(bad | recordings, lambda: codec, cache, progress=True)
-    assert [key for key, _ in problems] == ["absent", "outside", "silent"]
-    assert all(word in message for word, (_, message) in zip(("no such", "segment", "silent"), problems, strict=True))
-    assert all(cache.get(key) is not None for key in recordings)
+    for _ in range(2):
+        problems = encode_missing(bad | recordings, lambda: codec, cache, progress=True)
+        assert [key for key, _ in problems] == list(bad)
+        found = zip(("no such", "segment", "silent"), problems, strict=True)
+        assert all(word in message for word, (_, message) in found)
+        assert all(key in cache for key in recordings)
     assert "s of audio" in capsys.readouterr().err
+
+
+def test_each_bad_recording_is_reported_by_one_rank(codec, cache, recordings, tmp_path):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(9_600), 24_000)
+    bad = {f"{n:064x}": Recording(str(tmp_path / ("silent.wav" if n % 2 else f"{n}.wav"))) for n in range(6)}
+    found = [
+        encode_missing(bad | recordings, lambda: codec, cache, rank=rank, world_size=2, batch_seconds=0.1)
+        for rank in range(2)
+    ]
+    assert sorted(key for problems in found for key, _ in problems) == sorted(bad)
+
+
+def test_codes_that_came_with_the_data_are_checked_and_kept(codec, cache, recordings):
+    right, zeros = codes(8, 20), np.zeros((8, 3), np.int16)
+    wrong = [codes(4, 5), np.full((8, 2), 1024), np.full((8, 2), -1), np.zeros((8, 0))]
+    given = {content_key(r): r for r in map(Recording.of_codes, (right, zeros, *wrong))}
+    problems = dict(encode_missing(given | recordings, lambda: codec, cache))
+    keys = list(given)
+    assert np.array_equal(cache.get(keys[0]), right) and np.array_equal(cache.get(keys[1]), zeros)
+    assert cache.facts(keys[0]) is None and all(key in cache for key in recordings)
+    assert set(problems) == set(keys[2:]) and not any(key in cache for key in keys[2:])
+    assert problems[keys[2]] == "codes of 5 frames: shape [4, 5] → the codec's are [8, 1 frame or more]"
+    assert "span 1024 to 1024, outside 0 to 1023 → give the codec's own codes, without BOS" in problems[keys[3]]
+    assert "span -1 to -1" in problems[keys[4]] and "shape [8, 0]" in problems[keys[5]]
+
+
+class OutOfMemory:
+    """A codec on a device with room for `limit` waveforms."""
+
+    sampling_rate, hop_length, num_codebooks, codebook_size = 24_000, 960, 8, 1024
+
+    def __init__(self, codec, limit):
+        self.codec, self.limit = codec, limit
+
+    def encode(self, waveforms):
+        if len(waveforms) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.codec.encode(waveforms)
+
+
+def test_a_full_device_is_told_with_its_remedy(codec, cache, recordings):
+    path = next(iter(recordings.values())).path
+    long, *short = (
+        Recording(path),
+        Recording(path, offset=0.0, duration=0.3),
+        Recording(path, offset=0.05, duration=0.3),
+    )
+    recordings = {content_key(recording): recording for recording in (long, *short)}
+    with pytest.raises(ConfigError, match="codec_batch_seconds: 2 recordings of 0.3 s do not fit .* → lower it"):
+        encode_missing(recordings, lambda: OutOfMemory(codec, 1), cache)
+    assert [key for key in recordings if key in cache] == [content_key(long)], "what was encoded before is kept"
+    problems = encode_missing(recordings, lambda: OutOfMemory(codec, 0), cache, batch_seconds=0.1)
+    assert [key for key, _ in problems] == sorted(map(content_key, short))
+    assert all("0.3 s do not fit into the device's memory → cut it" in problem for _, problem in problems)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+from engine.data.audio import Recording, content_key
+from engine.data.code_cache import CodeCache
+from engine.data.codec import Codec, encode_missing
+
+torch.set_num_threads(1)
+codec_path, folder, root = sys.argv[1:]
+recordings = {content_key(r): r for r in (Recording(str(p)) for p in sorted(Path(folder).glob("*.wav")))}
+codec = Codec.load(codec_path)
+encode, calls = codec.encode, []
+
+def slowly(waveforms):
+    calls.append(1)
+    if len(calls) > 3:
+        print("three batches are done", flush=True)
+        time.sleep(600)
+    return encode(waveforms)
+
+codec.encode = slowly
+encode_missing(recordings, lambda: codec, CodeCache(root, "c0dec" * 10), batch_seconds=1.5, flush_seconds=0.0)
+"""
+
+
+def test_after_a_kill_the_second_run_ends_with_the_codes_of_an_undisturbed_one(codec, codec_path, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(24):  # lengths of 10 to 15 frames; the last batch of most is not full
+        wave = synthesize(sorted(VOICES)[number % 4], SENTENCES[number % 7])[: 960 * (10 + number % 6) - number]
+        soundfile.write(clips / f"{number:02}.wav", wave, 24_000)
+    recordings = {content_key(r): r for r in (Recording(str(path)) for path in clips.iterdir())}
+
+    undisturbed = CodeCache(tmp_path / "undisturbed", IDENTITY)
+    batches = compositions(codec, recordings, undisturbed, batch_seconds=1.5)
+    script = [sys.executable, "-c", KILLED, str(codec_path), str(clips), str(tmp_path / "killed")]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "three batches are done\n"
+        process.kill()
+    resumed = CodeCache(tmp_path / "killed", IDENTITY)
+    assert 0 < sum(key in resumed for key in recordings) < len(recordings)
+    left = compositions(codec, recordings, resumed, batch_seconds=1.5)
+    assert left == batches[3:], "the batches that are left are the ones they would have been"
+    for key in recordings:
+        assert np.array_equal(resumed.get(key), undisturbed.get(key))
+        assert resumed.facts(key) == undisturbed.facts(key)
+
+
+def compositions(codec, recordings, cache, **options) -> list[list[bytes]]:
+    """Encodes, and returns the waveforms of each batch."""
+    seen = []
+
+    class Watched(OutOfMemory):
+        def encode(self, waveforms):
+            seen.append([wave.tobytes() for wave in waveforms])
+            return super().encode(waveforms)
+
+    assert encode_missing(recordings, lambda: Watched(codec, 1_000), cache, **options) == []
+    return seen
+
+
+LENGTHS = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(1, 40), max_size=60)
+
+
+@given(LENGTHS, st.integers(1, 100))
+def test_the_plan_has_each_recording_once_in_batches_of_one_length_and_within_the_budget(frames, budget):
+    batches = plan_batches(frames, budget)
+    assert sorted(key for batch in batches for key in batch) == sorted(frames)
+    lengths = [frames[batch[0]] for batch in batches]
+    assert lengths == sorted(lengths, reverse=True)
+    for batch, length in zip(batches, lengths, strict=True):
+        assert {frames[key] for key in batch} == {length}
+        assert len(batch) == 1 or len(batch) * length <= budget
+    full = [batch for batch in batches if (len(batch) + 1) * frames[batch[0]] > budget]
+    assert len(batches) - len(full) <= len(set(lengths)), "at most one batch of a length has room left"
+    assert batches == plan_batches(dict(reversed(frames.items())), budget), "whatever the order they are given in"
+
+
+@given(LENGTHS, st.integers(1, 100), st.integers(1, 9))
+def test_the_ranks_shares_are_the_plan_and_balanced(frames, budget, world_size):
+    batches = plan_batches(frames, budget)
+    shares = [share_of(batches, frames, rank, world_size) for rank in range(world_size)]
+    assert sorted(batch for share in shares for batch in share) == sorted(batches)
+    for share in shares:
+        places = [batches.index(batch) for batch in share]
+        assert places == sorted(places)
+    loads = [sum(frames[key] for batch in share for key in batch) for share in shares]
+    largest = max((sum(frames[key] for key in batch) for batch in batches), default=0)
+    assert max(loads) - min(loads) <= largest

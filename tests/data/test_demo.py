@@ -56,9 +56,9 @@ def test_every_sample_is_as_the_seed_format_has_it(demo):
 
 
 def test_chatml_reads_the_demo(demo):
-    from engine.data.formats.chatml import read_chatml
+    from engine.data.formats import read_conversations
 
-    samples = read_chatml(demo.data_file)
+    samples = read_conversations(demo.data_file)
     assert len(samples) == 20
     assert all(Path(audio.recording.path).is_file() for sample in samples for audio in sample.audios)
 

@@ -111,3 +111,51 @@ def test_merge_without_audio():
 def test_merge_refuses_another_number_of_clips():
     with pytest.raises(ValueError, match="1 audio placeholders, but codes of 2 clips"):
         merge(prompt([AUDIO_OUT], [True]), [codes(1, 0), codes(1, 0)], SPECIAL, STREAM)
+
+
+@st.composite
+def heard_clips(draw):
+    """A prompt of texts and clips, some heard through Whisper for so many mel rows (None: not)."""
+    kinds = draw(st.lists(st.sampled_from(["text", "heard", "unheard", "spoken"]), max_size=8))
+    rows = [draw(st.integers(3, 400)) if kind == "heard" else None for kind in kinds if kind != "text"]
+    return kinds, rows
+
+
+@quick
+@given(heard_clips())
+def test_whisper_positions_stand_before_the_codes_of_their_clip(given_clips):
+    kinds, rows = given_clips
+    special, stream = SpecialTokens(audio_in=100, audio_out=101), StreamIds()
+    ids = [{"text": 7, "spoken": 101}.get(kind, 100) for kind in kinds]
+    mels = [None if n is None else np.full((n, 4), i, np.float16) for i, n in enumerate(rows)]
+    codes = [np.full((8, i + 1), i, np.int16) for i in range(len(rows))]
+    prompt = Prompt(np.array(ids, np.int32), np.full(len(ids), IGNORED, np.int32), (None,) * len(rows),
+                    tuple(kind == "spoken" for kind in kinds if kind != "text"))  # fmt: skip
+    sample = merge(prompt, codes, special, stream, mels=mels)
+    wanted, starts, clip = [], [], 0
+    for kind in kinds:
+        if kind == "text":
+            wanted.append(7)
+            continue
+        heard = 0 if rows[clip] is None else ((rows[clip] - 2 - 1) // 2 + 1) // 2
+        starts += [len(wanted)] if heard else []
+        wanted += [100] * heard + [101] * (clip + 1 + 9)
+        clip += 1
+    assert sample.input_ids.tolist() == wanted and sample.mel_starts == tuple(starts)
+    assert [m[0, 0] for m in sample.mels] == [i for i, n in enumerate(rows) if n is not None and n >= 5]
+    assert (sample.labels == IGNORED).all() and len(sample.labels) == len(wanted)
+    plain = merge(prompt, codes, special, stream)
+    for name in ("audio_ids", "audio_labels"):
+        np.testing.assert_array_equal(getattr(sample, name), getattr(plain, name))
+
+
+def test_a_spoken_clip_is_never_heard():
+    prompt = Prompt(np.array([101], np.int32), np.array([IGNORED], np.int32), (None,), (True,))
+    with pytest.raises(ValueError, match="a spoken clip has a spectrogram"):
+        merge(prompt, [np.zeros((8, 3), np.int16)], SpecialTokens(100, 101), StreamIds(), mels=[np.zeros((50, 4))])
+
+
+def test_spectrograms_of_other_clips_are_refused():
+    prompt = Prompt(np.array([100], np.int32), np.array([IGNORED], np.int32), (None,), (False,))
+    with pytest.raises(ValueError, match="codes of 1 clips, but mels of 2"):
+        merge(prompt, [np.zeros((8, 3), np.int16)], SpecialTokens(100, 101), StreamIds(), mels=[None, None])

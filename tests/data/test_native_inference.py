@@ -4,15 +4,15 @@ import numpy as np
 from transformers import AutoProcessor
 
 from engine.data.audio import read_mono
-from engine.data.formats.chatml import read_chatml
 from engine.data.codec import Codec
+from engine.data.formats import read_conversations
 from engine.data.labels import StreamIds, merge
 from engine.data.prompts import Layout, PromptTokenizer
 
 
 def test_the_prompt_equals_the_processor_s(demo):
     processor = AutoProcessor.from_pretrained(demo.model_path)
-    conversation = Layout().apply(read_chatml(demo.data_file)[3])
+    conversation = Layout().apply(read_conversations(demo.data_file)[3])
     waveform = read_mono(conversation.audios[0].recording, 24000)
     waveform = waveform[: len(waveform) // 960 * 960]  # the processor does not pad the last frame, training does
 

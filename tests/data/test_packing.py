@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from engine.data.batches import BatchPlan
 from engine.data.loader import packed_batches
+from engine.data.mels import CHUNK_FRAMES, pooled
 from engine.data.packing import PackedBatch, empty_sample, pack
 from engine.data.prompts import IGNORED
+from tests.model.whisper_tiny import HEARD, heard_sample
 from tests.tiny import AUDIO, CODEBOOKS, random_sample
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -103,6 +105,36 @@ def test_an_empty_row_trains_nothing():
     packed = pack([empty_sample(CODEBOOKS)], AUDIO)
     assert (packed.tokens, len(packed.text_targets), len(packed.audio_targets)) == (1, 0, 0)
     assert packed.audio_ids.shape == (0, CODEBOOKS) and packed.audio_targets.shape == (0, CODEBOOKS)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 6100)), min_size=1, max_size=4))
+def test_each_whisper_row_takes_its_own_output_of_its_own_chunk(sizes):
+    """The encoder's outputs stood in for by (clip, place in the clip): every position must get its own."""
+    samples = [heard_sample(np.random.default_rng(i), *size) for i, size in enumerate(sizes)]
+    for i, sample in enumerate(samples):
+        for mels in sample.mels:
+            mels[:] = i
+    packed = pack(samples, AUDIO)
+    positions = [i for i, s in enumerate(samples) for _ in range((s.input_ids == HEARD).sum())]
+    assert packed.whisper_rows.tolist() == torch.nonzero(packed.text_ids == HEARD).flatten().tolist()
+    assert len(packed.whisper_rows) == len(positions)
+    if not positions:
+        assert packed.mels.shape == (0, 0, 0)
+        return
+    width = pooled(packed.mels.shape[1])
+    chunk, place = packed.whisper_index // width, packed.whisper_index % width
+    assert packed.mels[chunk, 0, 0].tolist() == positions
+    assert (place < pooled(packed.mel_frames)[chunk]).all()
+    assert len(set(packed.whisper_index.tolist())) == len(positions)
+    assert packed.mels.shape[1] <= CHUNK_FRAMES and packed.mel_frames.max() <= CHUNK_FRAMES
+    for i in range(1, len(positions)):
+        assert packed.whisper_index[i] > packed.whisper_index[i - 1]
+
+
+def test_a_row_without_recordings_has_no_mels():
+    packed = pack([random_sample(np.random.default_rng(0), 4, 5), empty_sample(CODEBOOKS)], AUDIO)
+    assert len(packed.mels) == len(packed.mel_frames) == len(packed.whisper_index) == len(packed.whisper_rows) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -36,9 +36,10 @@ def test_train_modules_by_name_or_glob(pattern):
     assert names == {f"model.layers.{i}.audio_mlp.{p}_proj.weight" for i in (0, 1) for p in ("gate", "up", "down")}
 
 
-def test_the_seed_flags_for_an_audio_tower_say_that_there_is_none():
-    settings = Settings(freeze_audio_tower=True)
-    assert any("no such module" in line for line in describe(chosen(freeze_audio_tower=True), settings))
+def test_asking_to_freeze_a_projection_that_is_not_there_is_answered():
+    settings = Settings(freeze_audio_encoder_proj=True)
+    assert any("no such module" in line for line in describe(chosen(freeze_audio_encoder_proj=True), settings))
+    assert not any("no such module" in line for line in describe(chosen(), Settings()))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_rows_are_read_across_split_tensors(original):
     [
         {"audio_dual_ffn_layers": [0]}, {"use_delay_pattern": False}, {"use_audio_out_self_attention": True},
         {"audio_embed_avg": True}, {"use_audio_out_embed_projector": True}, {"audio_decoder_proj_num_layers": 2},
-        {"skip_audio_tower": False}, {"audio_adapter_type": "stack"},
+        {"audio_adapter_type": "stack"},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

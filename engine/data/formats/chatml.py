@@ -1,6 +1,4 @@
-"""ChatML as the original data format defines it: read, check row by row, resolve audio paths.
-
-A file holds one sample or a list of samples::
+"""ChatML as the original data format defines it, in JSON or JSONL, with codes beside paths and base64::
 
     {"messages": [{"role": "user", "content": "Hello."},
                   {"role": "assistant", "content": [{"type": "audio", "audio_url": "hello.wav"}]}],
@@ -9,114 +7,111 @@ A file holds one sample or a list of samples::
 `content` is a string, one content item, or a list of both. The same things are refused that the original
 schema refuses (boson_multimodal/data_types.py): unknown keys in a message or item, a start_index that is no
 integer. Relative `audio_url`s belong to the folder of the data file. Nothing is repaired or skipped.
+
+Every conversation can be written as ChatML without loss, so this is what other formats are converted to.
 """
 
 import base64
-import binascii
-import difflib
-import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.data.audio import Recording
-from engine.data.conversation import ROLES, Audio, Conversation, Message, Text
-from engine.errors import DataError
+from engine.data.conversation import ROLES, Audio, Conversation, Message, Row, Text
+from engine.data.formats import json_rows
+from engine.data.formats.format import Format
+from engine.data.formats.json_rows import kind
+from engine.data.formats.recording_files import path_from
+from engine.data.formats.row_check import RowCheck
 
 MESSAGE_KEYS = ("role", "content", "recipient")
 TEXT_KEYS = ("type", "text")
-AUDIO_KEYS = ("type", "audio_url", "raw_audio", "duration", "offset", "row_id")
+CODE_KEYS = ("audio_tokens", "audio_codes")
+AUDIO_KEYS = ("type", "audio_url", "raw_audio", "duration", "offset", "row_id", *CODE_KEYS)
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a JSON or JSONL file; see `json_rows.read_rows` for what they may be wrapped in."""
+    for number, row in enumerate(json_rows.read_rows(path)):
+        yield read_row(number, row, path.parent)
+
+
+def read_row(number: int, row: Any, folder: Path) -> Row:
+    """One row; relative paths belong to `folder`. A `raw_audio` may also be bytes."""
+    check = _ChatMLCheck(folder)
+    return check.row(number, check.conversation(row, number))
 
 
 def read_chatml(path: str | Path) -> list[Conversation]:
-    """All samples of a ChatML JSON file, in file order; `row` counts from 0.
+    """All conversations of a ChatML file; `formats.read_conversations` for that one format."""
+    from engine.data.formats.registry import read_conversations
 
-    Raises:
-        DataError: the file is missing, is not JSON (line and column are named), holds no sample, or has rows
-            that break the format (all of them are listed).
-    """
-    path = Path(path)
-    rows = _load_json(path)
-    if isinstance(rows, dict):
-        rows = [rows]
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a ChatML file holds one sample (an object) or a list of samples, not {_kind(rows)}.")
-    if not rows:
-        raise DataError(f"{path}: the list of samples is empty → nothing to train on.")
-    samples, problems = [], []
-    for number, row in enumerate(rows):
-        parser = _RowParser(number, path.parent)
-        sample = parser.sample(row)
-        problems += parser.problems
-        samples.append(sample)
-    if problems:
-        raise DataError(f"{path}: {len(problems)} mistake(s) in the data:", problems)
-    return samples
+    return read_conversations(path, FORMAT.name)
 
 
-def _load_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such data file → check train_data_file / eval_data_file.") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}) → save the file as UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+def write(conversations: Iterable[Conversation], path: Path) -> None:
+    json_rows.write_rows((to_row(conversation, path.parent) for conversation in conversations), path)
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+def to_row(conversation: Conversation, folder: Path) -> dict:
+    """The row that reads as this conversation, from a file in `folder`."""
+    return {
+        "messages": [_message(message, folder) for message in conversation.messages],
+        "start_index": conversation.start_index,
+        "speaker": conversation.speaker,
+        "misc": conversation.misc,
+    }
 
 
-class _RowParser:
-    """Checks one row and collects everything that is wrong with it."""
+def detects(path: Path) -> bool:
+    row = json_rows.first_row(path)
+    return isinstance(row, dict) and "messages" in row and not has_placeholders(row)
 
-    def __init__(self, number: int, folder: Path):
-        self.row, self.folder = number, folder
-        self.problems: list[str] = []
 
-    def problem(self, text: str) -> None:
-        self.problems.append(f"row {self.row}: {text}")
+def has_placeholders(row: dict) -> bool:
+    """Whether audio stands beside the messages, as ms-swift has it, and not in them."""
+    messages = row["messages"] if isinstance(row["messages"], list) else []
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return "audios" in row or any(isinstance(text, str) and "<audio>" in text for text in contents)
 
-    def typed(self, value: Any, kinds: tuple[type, ...], where: str, wanted: str) -> Any:
-        """`value` if it is of one of the kinds or null; a boolean never counts as a number."""
-        if value is None or (isinstance(value, kinds) and not isinstance(value, bool)):
-            return value
-        self.problem(f"{where} is {_kind(value)} → must be {wanted} or null")
-        return None
 
-    def known_keys(self, item: dict, allowed: tuple[str, ...], where: str) -> None:
-        for key in item:
-            if key not in allowed:
-                near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.3)
-                hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(allowed)}"
-                self.problem(f"{where} has an unknown key {key!r} → {hint}")
+FORMAT = Format(
+    name="chatml",
+    summary='JSON list or JSONL of {"messages": [{"role", "content": [text and audio items]}], …}',
+    detects=detects,
+    read=read,
+    write=write,
+    lacks=lambda conversation: None,
+    suffixes=(".json", ".jsonl"),
+)
 
-    def sample(self, row: Any) -> Conversation | None:
+
+class _ChatMLCheck(RowCheck):
+    """A row on its way to a conversation."""
+
+    def conversation(self, row: Any, number: int) -> Conversation | None:
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
             self.problem("no list of messages → a sample is an object with a non-empty list 'messages'")
             return None
-        messages = tuple(self.message(m, f"message {i}") for i, m in enumerate(row["messages"]))
+        if "audios" in row:
+            self.problem("has 'audios' beside its messages, as ms-swift's data has → read it with --format ms_swift")
         return Conversation(
-            messages=messages,
+            messages=tuple(self.message(m, f"message {i}") for i, m in enumerate(row["messages"])),
             start_index=self.typed(row.get("start_index"), (int,), "start_index", "an integer"),
-            speaker=self.typed(row.get("speaker"), (str,), "speaker", "a string"),
+            speaker=self.string(row.get("speaker"), "speaker"),
             misc=self.typed(row.get("misc"), (dict,), "misc", "an object") or {},
-            row=self.row,
+            row=number,
         )
 
     def message(self, message: Any, where: str) -> Message:
         if not isinstance(message, dict):
-            self.problem(f"{where} is {_kind(message)} → must be an object with role and content")
+            self.problem(f"{where} is {kind(message)} → must be an object with role and content")
             return Message("user", ())
         self.known_keys(message, MESSAGE_KEYS, where)
         role = message.get("role")
         if role not in ROLES:
             self.problem(f"{where}: role {role!r} → must be system, user or assistant")
-        recipient = self.typed(message.get("recipient"), (str,), f"{where}: recipient", "a string")
+        recipient = self.string(message.get("recipient"), f"{where}: recipient")
         if recipient and role != "assistant":
             self.problem(f"{where}: only an assistant message can have a recipient")
         content = message.get("content")
@@ -128,34 +123,57 @@ class _RowParser:
         if isinstance(item, str):
             return Text(item)
         if not isinstance(item, dict):
-            self.problem(f"{where}: content is {_kind(item)} → must be text, an item, or a list of them")
+            self.problem(f"{where}: content is {kind(item)} → must be text, an item, or a list of them")
             return None
-        kind = item.get("type", "audio" if "audio_url" in item else "text" if "text" in item else None)
-        if kind == "text":
+        is_audio = any(key in item for key in ("audio_url", *CODE_KEYS))
+        item_type = item.get("type", "audio" if is_audio else "text" if "text" in item else None)
+        if item_type == "text":
             self.known_keys(item, TEXT_KEYS, where)
             if not isinstance(item.get("text"), str):
                 self.problem(f"{where}: a text item needs a string 'text'")
                 return None
             return Text(item["text"])
-        if kind == "audio":
+        if item_type == "audio":
             self.known_keys(item, AUDIO_KEYS, where)
-            return self.audio(item, where)
-        self.problem(f"{where}: type {kind!r} → must be text or audio")
+            recording = self.recording(item, where)
+            return None if recording is None else Audio(recording)
+        self.problem(f"{where}: type {item_type!r} → must be text or audio")
         return None
 
-    def audio(self, item: dict, where: str) -> Audio | None:
-        numbers = {}
-        for key in ("offset", "duration"):
-            numbers[key] = self.typed(item.get(key), (int, float), f"{where}: {key}", "a number of seconds")
-        url = self.typed(item.get("audio_url"), (str,), f"{where}: audio_url", "a path") or ""
-        raw = self.typed(item.get("raw_audio"), (str,), f"{where}: raw_audio", "base64 text") or ""
+    def recording(self, item: dict, where: str) -> Recording | None:
+        segment = {key: self.seconds(item.get(key), f"{where}: {key}") for key in ("offset", "duration")}
+        url = self.string(item.get("audio_url"), f"{where}: audio_url", "a path")
+        raw = self.typed(item.get("raw_audio"), (str, bytes), f"{where}: raw_audio", "base64 text")
+        key = self.one_of(item, CODE_KEYS)
+        if item.get(key) is not None:
+            if url or raw:
+                self.problem(f"{where} gives {key} beside audio_url or raw_audio → keep one")
+            if segment["offset"] is not None:
+                self.problem(f"{where} gives an offset into {key} → give the codes of the segment alone")
+            return self.codes(item[key], f"{where}: {key}", segment["duration"])
         if url:
-            return Audio(Recording(path=str(self.folder / url), **numbers))
-        if not raw:
-            self.problem(f"{where}: neither audio_url nor raw_audio → name the recording")
-            return None
-        try:
-            return Audio(Recording(data=base64.b64decode(raw, validate=True), **numbers))
-        except binascii.Error as error:
-            self.problem(f"{where}: raw_audio is not base64 ({error})")
-            return None
+            return self.file(url, f"{where}: audio_url", **segment)
+        if raw:
+            return self.embedded(raw, f"{where}: raw_audio", **segment)
+        self.problem(f"{where}: neither audio_url nor raw_audio → name the recording")
+        return None
+
+
+def _message(message: Message, folder: Path) -> dict:
+    content = [
+        {"type": "text", "text": item.text} if isinstance(item, Text) else _audio(item.recording, folder)
+        for item in message.content
+    ]
+    recipient = {} if message.recipient is None else {"recipient": message.recipient}
+    return {"role": message.role, "content": content, **recipient}
+
+
+def _audio(recording: Recording, folder: Path) -> dict:
+    if recording.path is not None:
+        source = {"audio_url": path_from(folder, recording)}
+    elif recording.data is not None:
+        source = {"raw_audio": base64.b64encode(recording.data).decode()}
+    else:
+        source = {CODE_KEYS[0]: recording.code_array.tolist()}
+    segment = {key: getattr(recording, key) for key in ("offset", "duration")}
+    return {"type": "audio", **source, **{key: value for key, value in segment.items() if value is not None}}

@@ -7,7 +7,7 @@ import pytest
 
 from engine.data.audio import Recording
 from engine.data.conversation import Audio, Conversation, Message, Text
-from engine.data.formats.chatml import read_chatml
+from engine.data.formats import read_conversations
 from engine.errors import DataError
 
 ANSWER = {"role": "assistant", "content": {"type": "audio", "audio_url": "a.wav"}}
@@ -18,7 +18,7 @@ def read(tmp_path):
     def write_and_read(data) -> list[Conversation]:
         file = tmp_path / "data.json"
         file.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-        return read_chatml(file)
+        return read_conversations(file, "chatml")
 
     return write_and_read
 
@@ -88,6 +88,13 @@ def test_a_recording_may_be_embedded_and_have_a_segment(read):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("key", ["audio_tokens", "audio_codes"])
+def test_codes_may_stand_in_place_of_a_recording(read, key):
+    (sample,) = read(row({key: [[1, 2, 3], [1023, 0, 5]], "duration": 0.1}))
+    recording = sample.audios[0].recording
+    assert recording.code_array.tolist() == [[1, 2, 3], [1023, 0, 5]] and recording.duration == 0.1
+
+
 # ---- what is refused
 
 
@@ -107,9 +114,9 @@ def test_a_file_that_holds_no_samples_is_refused(data, message, read, tmp_path):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match="gone.json: there is no such data file"):
-        read_chatml(tmp_path / "gone.json")
+        read_conversations(tmp_path / "gone.json", "chatml")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
-        read_chatml(tmp_path)
+        read_conversations(tmp_path, "chatml")
 
 
 def audio(**keys) -> dict:
@@ -147,6 +154,23 @@ def audio(**keys) -> dict:
     (row("hi", misc=[]), "misc is a list → must be an object or null"),
     ({"messages": [{"role": "user", "content": "hi", "recipient": "x"}]}, "only an assistant message can have a"),
     ({"messages": [ANSWER | {"recipient": 5}]}, "message 0: recipient is a number → must be a string"),
+    (row(audio(audio_url="http://x/b.wav")), "audio_url is http://x/b.wav, not a file → download it and give its path"),
+    (row(audio(audio_url="b.wav", offset=float("nan"))), "offset is nan → must be a number of seconds or null"),
+    (row(audio(audio_url="b.wav", duration=10**400)), "→ must be a number of seconds or null"),
+    (row(audio(raw_audio="é")), "raw_audio is not base64"),
+    (row("hi", audios=["b.wav"]), "has 'audios' beside its messages, as ms-swift's data has → read it with --format"),
+    (row(audio(audio_tokens=5)), "audio_tokens is no list of codebooks → give [codebooks][frames]"),
+    (row(audio(audio_tokens=[])), "audio_tokens is no list of codebooks"),
+    (row(audio(audio_tokens=[1, 2])), "audio_tokens is no list of codebooks"),
+    (row(audio(audio_tokens=[[1, 2.0]])), "audio_tokens holds something other than integers"),
+    (row(audio(audio_tokens=[[1, True]])), "audio_tokens holds something other than integers"),
+    (row(audio(audio_tokens=[[1, 2], [1]])), "codebook 1 has 1 codes, codebook 0 has 2 → give one code a frame"),
+    (row(audio(audio_tokens=[[], []])), "audio_tokens has no frames"),
+    (row(audio(audio_tokens=[[1024, 1], [1024, 2]])), "holds 1024 → give the codec's own codes, 0 to 1023, with"),
+    (row(audio(audio_codes=[[3, -1]])), "audio_codes holds -1 → give the codec's own codes"),
+    (row(audio(audio_tokens=[[1]], audio_url="b.wav")), "gives audio_tokens beside audio_url or raw_audio → keep one"),
+    (row(audio(audio_tokens=[[1]], audio_codes=[[1]])), "gives both audio_tokens and audio_codes → keep one"),
+    (row(audio(audio_tokens=[[1]], offset=1)), "gives an offset into audio_tokens → give the codes of the segment"),
 ])  # fmt: skip
 def test_a_mistake_is_told_with_its_row(wrong, message, read):
     said = told(read, [row("fine"), wrong])
