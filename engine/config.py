@@ -169,7 +169,7 @@ class Settings:
         for name, field in FIELDS.items():
             value = getattr(self, name)
             if isinstance(value, list) and field.metadata["path"]:
-                setattr(self, name, [_absolute(path) for path in value])
+                setattr(self, name, [_absolute(path) for path in value if path])
             elif field.metadata["path"] or name in words and value not in words[name]:
                 setattr(self, name, _absolute(value) if value else None)
         self.ds_config = _find_ds_config(self.ds_config) or self.ds_config
@@ -194,8 +194,7 @@ class Settings:
             yield "codebook_weights: no codebook has weight → one above 0, or null for equal weights"
         if self.text_loss_weight == self.audio_loss_weight == 0:
             yield "text_loss_weight, audio_loss_weight: both are 0, so there is no loss → set one above 0"
-        if self.train_reference and self.prompt_layout == "as_written":
-            yield "train_reference: as_written has no reference → set prompt_layout to voice_cloning or auto"
+        yield from self._data_problems()
         if self.use_lora:
             for name in ("train_modules", "freeze_llm"):
                 if getattr(self, name):
@@ -209,11 +208,32 @@ class Settings:
         if self.fsdp_replicas != 1 and self.backend != "fsdp":
             yield f"fsdp_replicas: has no meaning for backend {self.backend} → set backend to fsdp"
 
+    def _data_problems(self) -> Iterator[str]:
+        layout = TASK_TYPES.get(self.prompt_layout, self.prompt_layout)
+        if self.train_reference and layout in ("as_written", "reference_in_system", "single_speaker"):
+            yield (f"train_reference: {layout} has no turn of the reference → set prompt_layout to voice_cloning, "
+                   "multi_speaker or auto")
+        if self.reference_dropout and layout in ("as_written", "single_speaker"):
+            yield f"reference_dropout: {layout} has no reference to leave out → set prompt_layout to another, or 0"
+        if self.pair_references and layout in ("as_written", "single_speaker"):
+            yield f"pair_references: {layout} has no place for a reference → set prompt_layout to another"
+        if self.data_weights is not None and len(self.data_weights) != len(self.train_data_file):
+            yield (f"data_weights: {len(self.data_weights)} weight(s), but {len(self.train_data_file)} train_data_file"
+                   " → one for each")
+        if self.min_seconds is not None and self.max_seconds is not None and self.min_seconds >= self.max_seconds:
+            yield f"min_seconds: {self.min_seconds:g} is not below max_seconds = {self.max_seconds:g} → lower it"
+        if self.whisper_conditioning not in ("off", "auto") and not os.path.isdir(self.whisper_conditioning):
+            yield (f"whisper_conditioning: {self.whisper_conditioning} is not a folder → off, auto, or the folder of a "
+                   "Whisper model")
+
     def _path_problems(self, excused: Collection[str]) -> Iterator[str]:
         for name, field in FIELDS.items():
             value, kind, about = getattr(self, name), field.metadata["path"], field.metadata["help"]
             if value is None or value == []:
-                if kind and (field.metadata["required"] or name not in SCHEMA.optional) and name not in excused:
+                if name == "audio_tokenizer_path" and self._all_prepared:
+                    continue  # codes are there already
+                must = field.metadata["required"] or value is None and name not in SCHEMA.optional
+                if kind and must and name not in excused:
                     yield f"{name}: missing → give --{name} {kind}: {about}"
             elif kind == "DATA":
                 for path in value:
@@ -229,6 +249,11 @@ class Settings:
         if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):
             names = ", ".join(sorted(file.stem for file in REPOSITORY.glob("ds_configs/*.json")))
             yield f"ds_config: there is no {self.ds_config!r} → a JSON file, or one of: {names}"
+
+    @property
+    def _all_prepared(self) -> bool:
+        data = [*self.train_data_file, *self.eval_data_file]
+        return bool(data) and all(os.path.isfile(os.path.join(path, "header.json")) for path in data)
 
     def with_resolved(self, world_size: int, has_gpu: bool) -> "Settings":
         """These settings with each automatic value decided for `world_size` processes.
@@ -285,15 +310,19 @@ SCHEMA = Schema.of(Settings)
 FIELDS = SCHEMA.fields
 
 
-def parse(argv: list[str], prog: str = "higgs-engine train") -> Settings:
-    """Checked settings from `argv` (without the program's name); `--help` prints every setting and exits."""
+def parse(argv: list[str], prog: str = "higgs-engine train", optional: Collection[str] = ()) -> Settings:
+    """Checked settings from `argv` (without the program's name); `--help` prints every setting and exits.
+
+    Args:
+        optional: settings that training requires and this command does without.
+    """
     if "-h" in argv or "--help" in argv:
         print(help_text(prog), end="")
         raise SystemExit(0)
     reading = Reading(SCHEMA)
     reading.read_arguments(argv)
     settings = Settings(**reading.values)
-    settings.check(reading.problems, reading.failed)
+    settings.check(reading.problems, {*reading.failed, *optional})
     return settings
 
 

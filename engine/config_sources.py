@@ -115,8 +115,8 @@ class Reading:
         where = "on the command line" if source == "command line" else f"in {source}"
         self.problems.append(f"unknown setting {name!r} {where} → {remedy}")
 
-    def _split_flags(self, argv: Iterable[str]) -> list[tuple[str, str]]:
-        """The (name, value) pairs of a command line, `config` among them, in its order."""
+    def _split_flags(self, argv: Iterable[str]) -> list[tuple[str, str | list[str]]]:
+        """The (name, value) pairs of a command line, `config` among them, in its order; of a list all its words."""
         flags, tokens, kinds = [], deque(argv), {**self.schema.kinds, "config": str, "local_rank": int}
         while tokens:
             token = tokens.popleft()
@@ -137,7 +137,8 @@ class Reading:
                 self.problems.append(f"command line: {name}: no value follows → write --{name} VALUE")
                 self.failed.add(name)
             elif name != "local_rank":  # added by launchers; the rank itself comes from the environment
-                flags.append((name, ",".join(values or ["true"])))
+                is_list = get_origin(kind) is list and name in kinds
+                flags.append((name, values if is_list else ",".join(values or ["true"])))
         return flags
 
 
@@ -166,15 +167,22 @@ def help_text(prog: str, schema: Schema, groups: Mapping[str, str]) -> str:
 def _convert(schema: Schema, name: str, value: Any) -> Any:
     """`value`, from YAML or as text, in the type of setting `name`; a ValueError says what → remedy."""
     kind, default = schema.kinds[name], schema.fields[name].metadata["default"]
-    cleared = value is None or isinstance(value, str) and value.lower() in ("null", "none")
+    single = value[0] if isinstance(value, list) and len(value) == 1 else value
+    cleared = value is None or isinstance(single, str) and single.lower() in ("null", "none")
     if cleared and (name in schema.optional or get_origin(kind) is list):
         return None if name in schema.optional else []
     if get_origin(kind) is not list:
         return _scalar(value, kind, "" if default is None else f", such as {_shown(default)}")
-    if isinstance(value, str):
-        value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-        value = [part.strip(" '\"") for part in value.split(",") if part.strip()]
-    return [_scalar(item, get_args(kind)[0], "") for item in (value if isinstance(value, list) else [value])]
+    words = value if isinstance(value, list) else [value]
+    if not schema.fields[name].metadata["path"]:  # a path may hold a comma
+        words = [part for word in words for part in (_words(word) if isinstance(word, str) else [word])]
+    return [_scalar(item, get_args(kind)[0], "") for item in words]
+
+
+def _words(text: str) -> list[str]:
+    """The items of a list that was written as one word: `a,b` or `[a, b]`."""
+    text = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    return [part.strip(" '\"") for part in text.split(",") if part.strip()]
 
 
 def _scalar(value: Any, kind: type, example: str) -> Any:

@@ -17,6 +17,7 @@ from engine.data.formats.spoken import Spoken, plain
 from tests.conftest import FIXTURES
 
 DATA = FIXTURES / "formats"
+CLIP = Audio(Recording(path="a.wav"))
 TEXTS = st.sampled_from(["", " ", "a <audio> b", "a|b", "你好。", "😀", "He said \"no\",\nthen\t'yes'."]) | st.text(
     st.characters(codec="utf-8"), max_size=6
 )
@@ -156,3 +157,24 @@ def test_the_fixtures_of_folders_are_written_as_they_are_read(name, tmp_path):
         return [m.texts for m in conversation.messages], contents, conversation.speaker, conversation.misc
 
     assert list(map(shown, copy)) == list(map(shown, source))
+
+
+@pytest.mark.parametrize("user, assistant, recipient", [
+    ((Text("a"), Text("b")), (CLIP,), None),
+    ((Text("a"), Text("b"), CLIP, Text("c")), (CLIP,), None),
+    ((Text("a"),), (Text("a"), CLIP), None),
+    ((Text("a"),), (CLIP, CLIP), None),
+    ((Text("a"),), (CLIP,), "tool"),
+])  # fmt: skip
+def test_what_speech_cannot_have_made_has_no_parts_and_is_not_cut_down(user, assistant, recipient):
+    conversation = Conversation((Message("user", user), Message("assistant", assistant, recipient)))
+    assert Spoken.of(conversation) is None
+    assert all(FORMATS[name].lacks(conversation) for name in ("manifest", "metadata_json", "wav_txt", "ljspeech"))
+
+
+def test_an_id_of_ljspeech_that_looks_like_a_file_name(tmp_path):
+    (tmp_path / "b.wav.wav").write_bytes(b"b")
+    wanted = speech("a", Recording(path=str(tmp_path / "b.wav.wav")))
+    FORMATS["ljspeech"].write([wanted], tmp_path / "data")
+    (read,) = read_conversations(tmp_path / "data")
+    assert read.audios[0].recording.open().read() == b"b" and read.misc["sample_id"] == "b.wav"
