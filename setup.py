@@ -20,7 +20,8 @@ REQUIREMENTS = [
 EXTRAS = {
     "flash": ["flash-attn"],  # compiles against the installed torch: pip install --no-build-isolation
     "kernels": ["liger-kernel"],  # fused norms and SwiGLU; so far only tests/gpu tries them
-    "dev": ["pytest", "hypothesis", "ruff"],
+    "parquet": ["pyarrow"],  # data in Parquet files
+    "dev": ["pytest", "hypothesis", "ruff", "pyarrow"],
 }
 
 setup(

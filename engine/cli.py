@@ -61,6 +61,57 @@ def train(argv: list[str]) -> int:
     return 0
 
 
+def prepare(argv: list[str]) -> int:
+    """Turns data of any format into a prepared store; on all GPUs by `bash launch/train.sh prepare ...`."""
+    from engine.config import parse
+
+    parser = _parser("prepare", prepare, settings=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the store; several data files: one in each")
+    args, rest = _with_settings(parser, argv)
+    settings = parse(rest, "higgs-engine prepare")
+    from engine.prepare import prepare_stores
+    from engine.runtime.distributed import exit_cleanly
+
+    prepare_stores(settings, args.out.absolute())
+    if "WORLD_SIZE" in os.environ:
+        exit_cleanly(0)
+    return 0
+
+
+def validate(argv: list[str]) -> int:
+    """Checks every row of a data set and writes a report; `--show ROW` shows one sample in full."""
+    from engine.config import parse
+
+    parser = _parser("validate", validate, settings=True)
+    parser.add_argument("--report", type=Path, default=Path("data-report"), help="folder of the report")
+    parser.add_argument("--show", type=int, metavar="ROW", help="print turns, tokens, delay grid and labels of a row")
+    args, rest = _with_settings(parser, argv)
+    needed_anyway = () if args.show is not None else ("model_path", "audio_tokenizer_path")
+    settings = parse(rest, "higgs-engine validate", optional=needed_anyway)
+    from engine.prepare import show_row, validate_all
+
+    if args.show is not None:
+        print(show_row(settings, args.show))
+        return 0
+    return 0 if validate_all(settings, args.report.absolute()) else EXIT_MISTAKE
+
+
+def convert(argv: list[str]) -> None:
+    """Rewrites data in another format, refusing whatever would lose something."""
+    from engine.data.formats import FORMATS
+    from engine.data.formats import convert as run
+
+    listing = "\n".join(f"  {name:<15} {format.summary}" for name, format in FORMATS.items())
+    parser = _parser("convert", convert, epilog=f"formats:\n{listing}")
+    parser.add_argument("source", type=Path, help="data file or folder")
+    parser.add_argument("target", type=Path, help="new data file or folder")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="format of the source")
+    args = parser.parse_args(argv)
+    rows = run(args.source, args.target, args.to, args.format)
+    print(f"{rows:,} rows written to {args.target}")
+
+
 def consolidate(argv: list[str]) -> None:
     """Turns a checkpoint into a model folder (full run) or an adapter folder (LoRA run)."""
     parser = _parser("consolidate", consolidate)
@@ -103,10 +154,35 @@ def demo(argv: list[str]) -> None:
     run(args.folder, args.recordings, settings)
 
 
-def _parser(name: str, command: Callable) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"higgs-engine {name}", description=command.__doc__)
+def _parser(name: str, command: Callable, settings: bool = False, epilog: str = "") -> argparse.ArgumentParser:
+    """`settings`: the command also takes those of training, and its --help is followed by theirs."""
+    return argparse.ArgumentParser(
+        prog=f"higgs-engine {name}",
+        description=command.__doc__,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=not settings,
+        allow_abbrev=False,
+    )
+
+
+def _with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """A command's own options, and the settings that follow."""
+    if {"-h", "--help"} & set(argv):
+        from engine.config import help_text
+
+        print(parser.format_help())
+        print(help_text(parser.prog))
+        raise SystemExit(0)
+    return parser.parse_known_args(argv)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "train": train, "consolidate": consolidate, "merge": merge, "demo": demo,
-}  # fmt: skip
+    "train": train,
+    "prepare": prepare,
+    "validate": validate,
+    "convert": convert,
+    "consolidate": consolidate,
+    "merge": merge,
+    "demo": demo,
+}

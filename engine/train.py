@@ -99,7 +99,7 @@ class Run:
             if self.world.is_main:
                 parts.write(self.output_dir / "validation_split.json", data)
             self.progress.say(f"validation_split: by {parts.by}, {len(parts.evaluation)} of {len(data)} samples aside")
-            data, evaluation = data.subset(parts.train), data.subset(parts.evaluation)
+            data, evaluation = data.subset(parts.train), data.subset(parts.evaluation, weighted=False)
             evaluation = None if settings.disable_evaluation else evaluation
         self.data = self._within_budget("train", data)
         self.eval_data = evaluation and self._within_budget("eval", evaluation)

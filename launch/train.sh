@@ -13,6 +13,8 @@ Fine-tunes Higgs Audio v2. All of these train with the same settings:
   torchrun --nproc_per_node 8 launch/train.sh --config ...
   srun bash launch/train.sh --config ...        one task per GPU, or one per node; see launch/slurm.sbatch
 
+With `prepare` as the first word, all of them make a prepared store of the data instead (higgs-engine prepare --help).
+
 Several machines without SLURM:
 
   HOSTFILE=hosts bash launch/train.sh ...       started from the first one; needs ssh to all of them, and pdsh
@@ -187,5 +189,6 @@ if __name__ == "__main__":  # a process that a rank spawns reads this file again
         )
     # DeepSpeed says the local rank twice, as an argument and as LOCAL_RANK.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    sys.exit(main(["train", *arguments]))
+    command = [] if arguments[:1] == ["prepare"] else ["train"]
+    sys.exit(main(command + arguments))
 # The end of the Python half

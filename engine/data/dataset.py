@@ -80,8 +80,9 @@ class Dataset:
         """int64 [n]."""
         return np.searchsorted(self._ends, self.chosen, side="right")
 
-    def subset(self, indices: np.ndarray) -> "Dataset":
-        return Dataset(self.stores, self.weights, self.chosen[np.sort(indices)], self.dropped)
+    def subset(self, indices: np.ndarray, weighted: bool = True) -> "Dataset":
+        """Some of its samples; `weighted` false: an epoch has each of them once."""
+        return Dataset(self.stores, self.weights if weighted else None, self.chosen[np.sort(indices)], self.dropped)
 
     def mixture(self, seed: int) -> Mixture:
         """The samples of each epoch in their order."""

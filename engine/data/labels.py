@@ -43,13 +43,12 @@ def delayed_labels(codes: np.ndarray, stream: StreamIds) -> np.ndarray:
 
 def _delay(codes: np.ndarray, left: int, eos: int, right: int) -> np.ndarray:
     codebooks, frames = codes.shape
-    columns = np.arange(frames + codebooks + 1)[:, None]
-    position = columns - 1 - np.arange(codebooks)[None, :]  # index of the code that codebook k holds in a column
-    inside = (position >= 0) & (position < frames)
-    out = np.where(position < 0, left, right).astype(np.int16)
-    out[position == frames] = eos
-    column, codebook = np.nonzero(inside)
-    out[column, codebook] = codes[codebook, position[inside]]
+    out = np.full((frames + codebooks + 1, codebooks), right, np.int16)
+    for k, book in enumerate(codes):  # slices, not index arrays: this runs for every clip of every step
+        end = k + 1 + frames
+        out[: k + 1, k] = left
+        out[k + 1 : end, k] = book
+        out[end, k] = eos
     return out
 
 

@@ -93,7 +93,7 @@ def pack(samples: Sequence[Sample], audio_token_id: int) -> PackedBatch:
     ids = np.concatenate([s.input_ids for s in samples])
     position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     is_audio = ids == audio_token_id
-    to_modality = np.argsort(is_audio, kind="stable")  # text places first, each kind in sequence order
+    to_modality = np.concatenate([np.flatnonzero(~is_audio), np.flatnonzero(is_audio)])
     to_sequence = np.empty_like(to_modality)
     to_sequence[to_modality] = np.arange(len(ids))
 

@@ -120,7 +120,7 @@ class _Preparation:
         settings = self.settings
         rows = laid_out(self._rows("prepare"), self.layout, self.references, settings.reference_dropout, settings.seed)
         if not self.world.is_main:
-            for chunk in _chunks(rows):
+            for chunk in chunks(rows):
                 self._together(lambda chunk=chunk: self._hear(chunk))
                 raise_together(self.world, None)
             return
@@ -136,7 +136,7 @@ class _Preparation:
         self.report = DataReport(self.source, draft, max_bad_fraction=settings.max_bad_fraction, settings=about)
         self.check = RowCheck(settings)
         with self.report:
-            for chunk in _chunks(rows):
+            for chunk in chunks(rows):
                 heard = self._together(lambda chunk=chunk: self._hear(chunk))
                 self._together(lambda chunk=chunk, heard=heard: self._write(chunk, heard))
         self._publish(draft, say)
@@ -240,15 +240,11 @@ class _Preparation:
 
     def _add(self, row: LaidOut, report: RowReport, prompt: Prompt, heard: dict, mels: dict) -> RowReport:
         clips = []
-        for audio, is_context in zip(prompt.audios, self._is_audio_in(prompt), strict=True):
+        for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True):
             key = heard[audio.recording].key
             clips.append((key, self.cache.get(key), mels.get(audio.recording) if is_context else None))
         part = int(draw(self.settings.seed, "part", row.number) * self.parts)
         return replace(report, tokens=self.writer.add(prompt, clips, row.number, row.trained.speaker, part))
-
-    def _is_audio_in(self, prompt: Prompt) -> list[bool]:
-        ids, special = prompt.input_ids, self.tokenize.special
-        return (ids[(ids == special.audio_in) | (ids == special.audio_out)] == special.audio_in).tolist()
 
     def _mels(self, prompts: Iterable[Prompt]) -> tuple[dict[Recording, np.ndarray], dict[Recording, str]]:
         """What Whisper hears of the context clips, and what it cannot hear."""
@@ -257,7 +253,7 @@ class _Preparation:
         wanted = dict.fromkeys(
             audio.recording
             for prompt in prompts
-            for audio, is_context in zip(prompt.audios, self._is_audio_in(prompt), strict=True)
+            for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True)
             if is_context
         )
         mels, unheard = {}, {}
@@ -287,6 +283,7 @@ class _Preparation:
             )
         self.writer.close(made_from=made_from(self.source, self.settings), rejected=report.rejected)
         publish_store(draft, self.out)
+        report.folder = self.out
         for line in report.lines():
             say(line)
 
@@ -300,6 +297,7 @@ def _keep_report(draft: Path, out: Path) -> Path:
     return folder
 
 
-def _chunks(rows: Iterator[LaidOut]) -> Iterator[list[LaidOut]]:
+def chunks(rows: Iterator[LaidOut]) -> Iterator[list[LaidOut]]:
+    """The rows, CHUNK_ROWS at a time."""
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield chunk

@@ -87,6 +87,11 @@ class PromptTokenizer:
             add(self._encode_markup("<|eom_id|>" if assistant and follows == "assistant" else "<|eot_id|>"), trained)
         return Prompt(np.array(ids, np.int32), np.array(labels, np.int32), tuple(audios), tuple(trained_clips))
 
+    def heard(self, prompt: Prompt) -> list[bool]:
+        """For each clip, whether it stands in a user or system message (`<|AUDIO|>`), where Whisper may hear it."""
+        ids, special = prompt.input_ids, self.special
+        return (ids[(ids == special.audio_in) | (ids == special.audio_out)] == special.audio_in).tolist()
+
     def inference(self, sample: Conversation) -> Prompt:
         """The prompt that asks for the last assistant turn: everything before it, its header, `<|audio_out_bos|>`."""
         context = self(replace(sample, messages=sample.messages[:-1], start_index=None))

@@ -33,7 +33,7 @@ class Split:
         """Names the rows that were set aside, by store."""
         stores, rows = data.store_of_sample(), data.rows
         aside = {
-            str(data.stores[number].folder): rows[self.evaluation[stores[self.evaluation] == number]].tolist()
+            str(data.stores[number].folder): sorted(rows[self.evaluation[stores[self.evaluation] == number]].tolist())
             for number in range(len(data.stores))
         }
         about = {"by": self.by, "train": len(self.train), "evaluation": len(self.evaluation), "evaluation_rows": aside}

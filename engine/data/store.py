@@ -287,7 +287,8 @@ def _open(file: Path, length: int | None = None) -> np.ndarray:
         DataError: it is missing, damaged, or shorter than the header says.
     """
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        # As a plain array, still mapped: np.memmap runs Python code for every slice.
+        array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read ({error}) → prepare the store again, or copy all of it.") from None
     if length is not None and len(array) != length:
