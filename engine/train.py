@@ -22,7 +22,7 @@ from engine.data.mels import MelExtractor
 from engine.data.packing import PackedBatch
 from engine.data.prepare import FRAMES_PER_SECOND
 from engine.data.split import split
-from engine.errors import CheckpointError, EngineError, ModelError
+from engine.errors import CheckpointError, ConfigError, EngineError, ModelError
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model import whisper_source
 from engine.model.weights import WeightFiles, load_tokenizer
@@ -92,6 +92,8 @@ class Run:
             )
 
         data, evaluation = opened("train", settings.train_data_file), None
+        if whisper and not any(store.is_heard for store in data.stores):
+            self._nothing_to_hear()
         if settings.eval_data_file:
             evaluation = opened("eval", settings.eval_data_file) if not settings.disable_evaluation else None
         elif settings.validation_split:
@@ -106,6 +108,16 @@ class Run:
         if self.eval_data is not None:
             steps = _plan(self.eval_data, settings, epochs=1).epoch(0)
             self.eval_rows = tuple(batch for step in steps for batch in step)
+
+    def _nothing_to_hear(self) -> None:
+        """Whisper was asked for, or is part of the model, and no sample has a clip that it may hear."""
+        line = (
+            "whisper_conditioning: no sample has audio in a user or system message, so Whisper hears nothing → set "
+            "prompt_layout: reference_in_system, or whisper_conditioning: off"
+        )
+        if self.settings.whisper_conditioning != "auto":
+            raise ConfigError("the settings cannot be used with these data", [line])
+        self.progress.say(f"note: {line}")
 
     def _within_budget(self, name: str, data: Dataset) -> Dataset:
         data = data.within(self.settings.max_tokens_per_micro_batch, self.settings.drop_long_samples)

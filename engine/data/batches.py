@@ -81,7 +81,7 @@ class BatchPlan:
     def epoch(self, epoch: int) -> list[tuple[MicroBatch, ...]]:
         """The steps of one epoch, each a tuple of micro-batches; the last step may be shorter."""
         rows = self._rows(self.mixture.epoch(epoch).tolist())
-        rows = self._shuffled(rows, np.random.default_rng([self.seed, epoch]))
+        rows = self._shuffled(rows, np.random.default_rng([self.seed, epoch, 2]))  # 2: not a stream of the mixture
         size = self.micro_batches_per_step
         return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
 

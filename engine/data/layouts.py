@@ -124,7 +124,8 @@ class Layout:
         if speech.context == len(speech.rounds):
             start = len(turns)
         else:
-            start = 2 if self.train_reference else first + 2 * speech.context + 1
+            has_reference_turn = first > 1
+            start = 2 if self.train_reference and has_reference_turn else first + 2 * speech.context + 1
         return replace(sample, messages=tuple(turns), start_index=start)
 
     def name_for(self, sample: Conversation) -> str:
@@ -132,7 +133,7 @@ class Layout:
         if self.name != "auto":
             return TASK_TYPES.get(self.name, self.name)
         task = sample.misc.get("task_type")
-        if task in LAYOUTS or task in TASK_TYPES:
+        if isinstance(task, str) and task in (*LAYOUTS, *TASK_TYPES):
             return TASK_TYPES.get(task, task)
         return "voice_cloning" if has_seed_shape(sample) else "as_written"
 

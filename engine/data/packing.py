@@ -8,8 +8,10 @@ Whisper positions are text positions; which row takes which of the encoder's out
 the fields are empty.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -71,9 +73,37 @@ class PackedBatch:
     def pin_memory(self) -> "PackedBatch":
         return self._map(torch.Tensor.pin_memory)
 
+    def __reduce__(self):
+        """Goes to another process as one tensor: each that is sent costs a descriptor and a connection of its own."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        kinds = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        joined = torch.zeros(_places(kinds)[-1], dtype=torch.uint8)
+        batch = _separated(joined, kinds, self.sample_lengths)
+        for name, tensor in tensors.items():
+            getattr(batch, name).copy_(tensor)
+        return _separated, (joined, kinds, self.sample_lengths)
+
     def _map(self, function) -> "PackedBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return PackedBatch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+def _separated(
+    joined: torch.Tensor, kinds: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], sample_lengths: tuple[int, ...]
+) -> PackedBatch:
+    """The batch whose tensors (name, dtype, shape) lie one after the other in `joined`, uint8; none is copied."""
+    places = _places(kinds)
+    tensors = {
+        name: joined[place : place + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for place, (name, dtype, shape) in zip(places, kinds, strict=False)
+    }
+    return PackedBatch(**tensors, sample_lengths=sample_lengths)
+
+
+def _places(kinds: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> list[int]:
+    """First byte of each tensor, at multiples of the largest item; then that behind all of them."""
+    sizes = (-(-math.prod(shape) * dtype.itemsize // 8) * 8 for _, dtype, shape in kinds)
+    return list(accumulate(sizes, initial=0))
 
 
 def empty_sample(codebooks: int) -> Sample:

@@ -98,9 +98,17 @@ def prepare(
         preparation = _Preparation(source, out, settings, tokenizer, config, world, mels)
         preparation.run(say)
     except Exception as failure:
-        error = failure
+        error = _in_words(failure, settings)
     raise_together(world, error)
     return Store(out)
+
+
+def _in_words(error: Exception, settings: Settings) -> Exception:
+    """A full or unwritable disk as a mistake that a user can mend; any other error as it is."""
+    if not isinstance(error, OSError):
+        return error
+    place = error.filename or settings.codes_cache_dir
+    return DataError(f"{place}: {error.strerror or error} → make room, or give another codes_cache_dir or output folder.")
 
 
 class _Preparation:
@@ -146,11 +154,8 @@ class _Preparation:
         error = result = None
         try:
             result = work()
-        except OSError as disk:
-            error = DataError(f"{disk.filename or self.settings.codes_cache_dir}: {disk.strerror or disk} → make room, "
-                              "or choose another folder.")  # fmt: skip
         except Exception as failure:
-            error = failure
+            error = _in_words(failure, self.settings)
         raise_together(self.world, error)
         return result
 

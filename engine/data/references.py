@@ -33,7 +33,8 @@ class References:
     def pair(self, sample: Conversation) -> tuple[Conversation, str | None]:
         """The sample with a reference, unless it has one, and a warning if there is none to give it.
 
-        The reference is another clip of the same speaker: of another row and of other content than the target.
+        The reference is another clip of the same speaker: of another row, of other content than the target, and one
+        that can be read, lest a bad recording spoil other rows than its own.
         """
         speech = _single_round(sample)
         if speech is None or speech.references:
@@ -43,19 +44,25 @@ class References:
         text, target = speech.rounds[0]
         clips = self._clips[sample.speaker]
         start = int(draw(self.seed, "reference", sample.row) * len(clips))
-        for number, reference_text, reference in clips[start:] + clips[:start]:
-            if number != sample.row and not self._same(reference, target):
+        for step in range(len(clips)):
+            number, reference_text, reference = clips[(start + step) % len(clips)]
+            if number != sample.row and self._is_another(reference, target):
                 content = (Text(reference_text), reference, Text(text))
                 turns = (Message("user", content), Message("assistant", (target,)))
-                misc = sample.misc | {"task_type": "voice_cloning", "reference_row": number}
+                found = {"task_type": "voice_cloning", "ref_transcript": reference_text, "reference_row": number}
+                misc = sample.misc | found
                 return replace(sample, messages=turns, start_index=2 * speech.context, misc=misc), None
         return sample, f"stays without reference: there is no other clip of speaker {sample.speaker!r}"
 
-    def _same(self, one: Audio, other: Audio) -> bool:
+    def _is_another(self, reference: Audio, target: Audio) -> bool:
+        key = self._key(reference)
+        return key is not None and key != self._key(target)
+
+    def _key(self, audio: Audio) -> str | None:
         try:
-            return self._content_key(one.recording) == self._content_key(other.recording)
+            return self._content_key(audio.recording)
         except AudioError:
-            return False  # it cannot be read, which is told of the row that it belongs to
+            return None  # which is told of the row that it belongs to
 
 
 def keeps_reference(share: float, seed: int, row: int) -> bool:

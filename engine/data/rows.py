@@ -126,7 +126,7 @@ class RowCheck:
             if about.facts is not None:
                 warnings += [f"{recording}: {line}" for line in about.facts.warnings()]
         warnings += _speech_rates(row.trained, heard)
-        references, targets = _references_and_targets(row.trained)
+        references, targets = _references_and_targets(row)
         problems += self._copies(references, targets, heard)
         if not problems:
             warnings += self._repeated(row.number, targets, heard)
@@ -168,13 +168,17 @@ class RowCheck:
                 yield f"{target}: the same recording as the target of row {first}"
 
 
-def _references_and_targets(sample: Conversation) -> tuple[list[Recording], list[Recording]]:
-    """Distinct recordings that are context, and those that are trained."""
-    start, context, trained = sample.start_index or 0, {}, {}
-    for turn, message in enumerate(sample.messages):
-        kind = trained if message.role == "assistant" and turn >= start else context
-        kind.update(dict.fromkeys(audio.recording for audio in message.audios))
-    return list(context), list(trained)
+def _references_and_targets(row: LaidOut) -> tuple[list[Recording], list[Recording]]:
+    """Distinct recordings of the sample that are context, and those that speak its texts.
+
+    The row as written tells them apart: a layout may train references too, but many rows share one.
+    """
+    used, start = set(row.recordings), row.written.start_index or 0
+    references, targets = {}, {}
+    for turn, message in enumerate(row.written.messages):
+        kind = targets if message.role == "assistant" and turn >= start else references
+        kind.update((audio.recording, None) for audio in message.audios if audio.recording in used)
+    return list(references), list(targets)
 
 
 def _speech_rates(sample: Conversation, heard: Mapping[Recording, Heard]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """`validation_split`: a share of the training data set aside to evaluate on, such that it says something.
 
 Samples that share a voice are not spread over both sides if it can be helped: whole speakers are set aside where the
-data name several, else all samples of a reference recording, else single clips. A target recording never stands on
-both sides, however many rows have it. A function of data and seed, written into the run's folder.
+data name several, else all samples of a reference recording, else single clips. It cannot be helped where no choice of
+them comes near the share: of two speakers neither is a tenth of the data. A target recording never stands on both
+sides, however many rows have it. A function of data and seed, written into the run's folder.
 """
 
 import json
@@ -15,6 +16,9 @@ import numpy as np
 from engine.data.dataset import Dataset
 from engine.data.references import draw
 from engine.errors import DataError
+
+FACTOR = 2
+"""How far the samples set aside may be from the share asked for, unless a single recording has more of them."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +45,36 @@ class Split:
 
 
 def split(data: Dataset, share: float, seed: int) -> Split:
-    """Sets aside about `share` of the samples: whole groups until it is reached, at least one sample on each side.
+    """Sets aside about `share` of the samples in whole groups, at least one sample on each side.
 
     Raises:
         DataError: all samples have the same target recording, so there is nothing to split.
     """
     speakers, references, targets = _columns(data)
+    wanted = min(max(1, round(share * len(data))), len(data) - 1)
     for by, keys in (("speaker", speakers), ("reference", references), ("clip", targets)):
         groups = _joined(keys, targets)
-        distinct = len(np.unique(groups))
-        if by == "clip" or 1 < distinct < len(data):
+        sizes = np.bincount(groups)
+        aside = _drawn(sizes, wanted, seed)
+        near = wanted <= FACTOR * sizes[aside].sum()
+        if by == "clip" or (1 < len(sizes) < len(data) and near):
             break
-    if distinct < 2:
+    if len(sizes) < 2:
         raise DataError(
             "validation_split: all samples have the same target recording → give an eval_data_file, or set it to 0."
         )
-    order = sorted(np.unique(groups).tolist(), key=lambda group: (draw(seed, "split", group), group))
-    sizes = np.bincount(groups)
-    wanted, aside, count = max(1, round(share * len(data))), [], 0
-    for group in order[:-1]:
-        if count >= wanted:
-            break
-        aside.append(group)
-        count += sizes[group]
-    chosen = np.isin(groups, aside)
+    chosen = np.isin(groups, aside or [int(sizes.argmin())])
     return Split(by, np.flatnonzero(~chosen), np.flatnonzero(chosen))
+
+
+def _drawn(sizes: np.ndarray, wanted: int, seed: int) -> list[int]:
+    """Groups in drawn order until `wanted` samples are reached, without those that would go far beyond."""
+    limit, aside, count = min(FACTOR * wanted, sizes.sum() - 1), [], 0
+    for group in sorted(range(len(sizes)), key=lambda group: draw(seed, "split", group)):
+        if count < wanted and count + sizes[group] <= limit:
+            aside.append(group)
+            count += sizes[group]
+    return aside
 
 
 def _columns(data: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -162,6 +162,7 @@ class _PartWriter:
             "samples": self._files["samples"].length,
             "clips": self._files["clip_ends"].length,
             "frames": self._files["codes"].length,
+            "mel_frames": self._files["mels"].length if "mels" in self._files else 0,
             "sha256": digest.hexdigest(),
         }
 
@@ -182,11 +183,11 @@ class Store:
         self.folder = Path(folder)
         try:
             self.header = json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            version = self.header.get("format_version")
+        except (OSError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{self.folder}: not a prepared store ({error}) → `higgs-engine prepare` makes one."
             ) from None
-        version = self.header.get("format_version")
         if version != FORMAT_VERSION:
             raise DataError(
                 f"{self.folder}: the store has format version {version}, this engine reads {FORMAT_VERSION} → "
@@ -207,6 +208,11 @@ class Store:
         return self.header["fingerprint"]
 
     @property
+    def is_heard(self) -> bool:
+        """Whether any clip has what Whisper hears of it."""
+        return any(part["mel_frames"] for part in self.header["parts"])
+
+    @property
     def records(self) -> np.ndarray:
         """The records of all samples, RECORD [n], in memory."""
         return np.concatenate([np.asarray(part.samples) for part in self.parts])
@@ -218,7 +224,11 @@ class Store:
 
     def speakers(self) -> list[str]:
         """Names of the numbers in the records."""
-        return json.loads((self.folder / "speakers.json").read_text(encoding="utf-8"))
+        file = self.folder / "speakers.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _unreadable(file, error) from None
 
     def sample(self, index: int) -> Sample:
         """The exact sample: streams, delays and labels of engine/data/labels.py."""
@@ -289,11 +299,15 @@ def _open(file: Path, length: int | None = None) -> np.ndarray:
     try:
         # As a plain array, still mapped: np.memmap runs Python code for every slice.
         array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}) → prepare the store again, or copy all of it.") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(file, error) from None
     if length is not None and len(array) != length:
         raise DataError(f"{file}: has {len(array)} rows, the header says {length} → prepare the store again.")
     return array
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: cannot be read ({error}) → prepare the store again, or copy all of it.")
 
 
 def publish_store(draft: Path, out: Path) -> None:

@@ -52,7 +52,10 @@ VERSION = 1
 
 
 def normalize(text: str) -> str:
-    """The text that the original's inference would send to the model in place of `text`; idempotent."""
+    """The text that the original's inference would send to the model in place of `text`.
+
+    Its very steps in its order, so a second time changes nothing but a sound tag that had other whitespace within.
+    """
     for table in (PUNCTUATION, SYMBOLS, SOUND_EVENTS):
         for old, new in table.items():
             text = text.replace(old, new)

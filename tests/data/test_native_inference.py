@@ -7,7 +7,8 @@ from engine.data.audio import read_mono
 from engine.data.codec import Codec
 from engine.data.formats import read_conversations
 from engine.data.labels import StreamIds, merge
-from engine.data.prompts import Layout, PromptTokenizer
+from engine.data.layouts import SYSTEM_PROMPT, Layout
+from engine.data.prompts import PromptTokenizer
 
 
 def test_the_prompt_equals_the_processor_s(demo):
@@ -22,7 +23,7 @@ def test_the_prompt_equals_the_processor_s(demo):
     layout = Layout()
     text = processor.apply_chat_template(
         [
-            {"role": "system", "content": [{"type": "text", "text": layout.system_prompt}]},
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
             {"role": "scene", "content": [{"type": "text", "text": layout.scene}]},
             {"role": "user", "content": text(1)},
             {"role": "assistant", "content": [{"type": "audio"}]},
