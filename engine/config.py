@@ -86,6 +86,8 @@ class Settings:
     reference_dropout: float = _data(0.0, "share of samples trained without their reference", at_least=0, below=1)
     min_seconds: float | None = _data(None, "shorter recordings are bad rows", above=0)
     max_seconds: float | None = _data(None, "longer recordings are bad rows", above=0)
+    loudness: float | None = _data(
+        None, "dBFS to which the RMS of every recording is brought, as far as its peak allows; none: as it is", below=0)
     reject_suspicious: bool = _data(False, "rows with warnings (clipping, truncation, ...) are bad rows too")
     max_bad_fraction: float = _data(
         0.0, "share of bad rows, named and left out, up to which to go on", at_least=0, below=1)

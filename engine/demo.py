@@ -101,7 +101,7 @@ def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
     conversation = layout.apply(next(read_rows(settings.train_data_file[0], settings.format)).conversation)
     tokenize = PromptTokenizer(load_tokenizer(model_folder))
     prompt = tokenize.inference(conversation)
-    cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path))
+    cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path, settings.loudness))
     *references, target = (cache.get(content_key(audio.recording)) for audio in conversation.audios)
     sample = merge(prompt, references, tokenize.special, stream)
     limit = 2 * target.shape[1]

@@ -103,7 +103,9 @@ def test_lists_in_yaml():
 def test_cleared(word):
     assert parsed("--save_total_limit", word, "--scene", word).save_total_limit is None
     assert parsed(save_total_limit=None, scene=None).scene is None
-    assert parsed("--eval_data_file", "").eval_data_file is None
+    for value in ("", word):
+        assert parsed("--eval_data_file", value, eval_data_file="train.json").eval_data_file == []
+    assert parsed(eval_data_file=None).eval_data_file == []
     assert parsed("--backend", "none", "--resume", "none").backend == "none"  # a choice, where it is one
 
 
@@ -123,6 +125,7 @@ def test_every_kept_flag_of_the_seed():
     ])
     assert settings.use_lora and settings.bf16 and settings.disable_evaluation
     assert settings.per_device_train_batch_size == 4
+    assert settings.freeze_audio_tower and parse(REQUIRED).freeze_audio_tower
     assert parse([*REQUIRED, "--freeze_llm"]).freeze_llm
 
 
@@ -261,7 +264,20 @@ def test_counts_are_positive(name, limit):
     (dict(text_loss_weight=0, audio_loss_weight=0), "text_loss_weight, audio_loss_weight: both are 0"),
     (dict(codebook_weights=[0, 0]), "codebook_weights: no codebook"),
     (dict(codebook_weights=[]), "codebook_weights: no codebook"),
-    (dict(prompt_layout="as_written", train_reference=True), "train_reference: as_written has no"),
+    (dict(prompt_layout="as_written", train_reference=True), "train_reference: as_written has no turn of"),
+    (dict(prompt_layout="reference_in_system", train_reference=True), "train_reference: reference_in_system has no"),
+    (dict(prompt_layout="single_speaker", train_reference=True), "train_reference: single_speaker has no turn"),
+    (dict(prompt_layout="single_speaker_smart_voice", train_reference=True), "train_reference: single_speaker has"),
+    (dict(prompt_layout="as_written", reference_dropout=0.1), "reference_dropout: as_written has no reference"),
+    (dict(prompt_layout="single_speaker", reference_dropout=0.1), "reference_dropout: single_speaker has no"),
+    (dict(prompt_layout="as_written", pair_references=True), "pair_references: as_written has no place for"),
+    (dict(prompt_layout="single_speaker", pair_references=True), "pair_references: single_speaker has no place"),
+    (dict(data_weights=[1, 2]), "data_weights: 2 weight(s), but 1 train_data_file → one for each"),
+    (dict(data_weights=[]), "data_weights: 0 weight(s), but 1 train_data_file"),
+    (dict(data_weights=[0]), "data_weights: [0.0] is out of range → above 0, or null"),
+    (dict(min_seconds=5, max_seconds=5), "min_seconds: 5 is not below max_seconds = 5 → lower it"),
+    (dict(whisper_conditioning="train.json"), "whisper_conditioning: "),
+    (dict(whisper_conditioning="gone"), "whisper_conditioning: "),
     (dict(fsdp_replicas=2), "fsdp_replicas: has no meaning"),
     (dict(bf16=True, backend="none"), "bf16: backend none computes in fp32 only → set backend to fsdp"),
 ])
@@ -269,11 +285,21 @@ def test_contradictions(values, told):
     assert problem(**values).startswith(told)
 
 
+@pytest.mark.parametrize("values", [
+    dict(train_reference=True), dict(train_reference=True, prompt_layout="multi_speaker_voice_cloning"),
+    dict(pair_references=True, reference_dropout=0.5, prompt_layout="reference_in_system"),
+    dict(min_seconds=5, max_seconds=5.1), dict(data_weights=0.5), dict(whisper_conditioning="codec"),
+])
+def test_no_contradictions(values):
+    settings = parsed(**values)
+    assert all(getattr(settings, name) for name in values)
+
+
 def test_missing_settings_name_their_flag():
     problems = problems_of(parse, [])
     assert [told.split(" → ")[0] for told in problems] == [
         "model_path: missing", "audio_tokenizer_path: missing", "train_data_file: missing"]
-    assert "give --model_path FOLDER" in problems[0] and "give --train_data_file FILE" in problems[2]
+    assert "give --model_path FOLDER" in problems[0] and "give --train_data_file DATA" in problems[2]
     problems = problems_of(parse, ["--model_path", "--audio_tokenizer_path", "codec"])
     assert len(problems) == 2 and "missing" not in problems[0]  # told once: it has no value
 
@@ -293,13 +319,45 @@ def test_paths_are_absolute(inputs, monkeypatch):
 
 
 def test_paths_that_are_not_there():
-    assert problem("--train_data_file", "gone").endswith("gone does not exist → give a file of samples")
-    assert "codec is not a file" in problem("--eval_data_file", "codec")
+    remedy = "gone does not exist → give a file or folder of samples, or a prepared store"
+    for name in ("train_data_file", "eval_data_file"):
+        told = problem(f"--{name}", "train.json", "gone")
+        assert told.startswith(f"{name}: /") and told.endswith(remedy), "each of several is looked for"
+    assert parsed("--eval_data_file", "codec").eval_data_file == [os.path.abspath("codec")], "data may be a folder"
     assert "resume: " in problem("--resume", "train.json") and "resume: " in problem("--resume", "")
     assert problem("--output_dir", "").startswith("output_dir: missing → give --output_dir FOLDER")
     told = problem("--model_path", "someone/higgs-arabic")
     assert "reaches no model hub" in told and "huggingface-cli download someone/higgs-arabic " in told
     assert "download bosonai/higgs-audio-v2-tokenizer " in problem("--audio_tokenizer_path", "/no/such")
+
+
+def test_data_are_lists_of_paths(inputs):
+    (inputs / "a, b.json").write_text("[]")
+    (inputs / "c.json").write_text("[]")
+    both = [str(inputs / "a, b.json"), str(inputs / "c.json")]
+    for name in ("train_data_file", "eval_data_file"):
+        assert getattr(parsed(f"--{name}", "a, b.json", "c.json", "--seed", "1"), name) == both
+        assert getattr(parsed(f"--{name}=a, b.json"), name) == both[:1], "a comma may belong to a path"
+    required = REQUIRED[:4]
+    for data, wanted in [(["a, b.json", "c.json"], both), ("a, b.json", both[:1]), ("c.json", both[1:])]:
+        with open("data.yaml", "w") as file:
+            yaml.safe_dump({"train_data_file": data}, file)
+        assert parse(["--config", "data.yaml", *required]).train_data_file == wanted
+    settings = parsed("--train_data_file", "a, b.json", "c.json", "--data_weights", "0.5,2", "--output_dir", "out")
+    settings.to_yaml("again.yaml")
+    assert parse(["--config", "again.yaml"]).train_data_file == both and settings.data_weights == [0.5, 2.0]
+
+
+def test_stores_need_no_codec(inputs):
+    (inputs / "store").mkdir()
+    (inputs / "store" / "header.json").write_text("{}")
+    flags = ["--model_path", "higgs", "--train_data_file"]
+    assert parse([*flags, "store"]).audio_tokenizer_path is None
+    assert parse([*flags, "store", "--eval_data_file", "store"]).audio_tokenizer_path is None
+    for more in (["store", "train.json"], ["store", "--eval_data_file", "train.json"]):
+        assert problems_of(parse, [*flags, *more])[0].startswith("audio_tokenizer_path: missing → give")
+    assert problems_of(parse, flags[:2])[0].startswith("audio_tokenizer_path: missing"), "no data are not all stores"
+    assert parse([*flags, "train.json"], optional=["audio_tokenizer_path"]).audio_tokenizer_path is None
 
 
 def test_ds_config_is_found(inputs, monkeypatch):

@@ -70,6 +70,10 @@ class AudioFacts:
         """The inverse of `to_array`."""
         return cls(*(float(value) for value in values))
 
+    def gain(self, loudness: float) -> np.float32:
+        """What the waveform is multiplied by to bring its RMS to `loudness` dBFS without clipping its peak."""
+        return np.float32(min(10 ** (loudness / 20) / self.rms, FULL_SCALE / self.peak))
+
     @property
     def speech_seconds(self) -> float:
         """Seconds without the silence at both ends."""

@@ -29,8 +29,11 @@ _SHARD = 4096  # recordings that came as codes, in a shard
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def codec_identity(path: str | Path) -> str:
+def codec_identity(path: str | Path, loudness: float | None = None) -> str:
     """sha256 in hex over the codec's config, preprocessor config and weights, without loading them.
+
+    Args:
+        loudness: to which recordings are brought before encoding (`encode_missing`), part of what codes depend on.
 
     Raises:
         ModelError: the directory or one of these files is missing.
@@ -42,6 +45,8 @@ def codec_identity(path: str | Path) -> str:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
+    if loudness is not None:
+        digest.update(f"\nloudness {loudness:g}".encode())
     return digest.hexdigest()
 
 
@@ -163,6 +168,7 @@ def encode_missing(
     world_size: int = 1,
     progress: bool = False,
     flush_seconds: float = 60.0,
+    loudness: float | None = None,
 ) -> list[tuple[str, str]]:
     """Encodes and measures this rank's share of what the cache lacks.
 
@@ -177,6 +183,7 @@ def encode_missing(
         batch_seconds: audio encoded at a time; a longer recording goes alone.
         progress: shows a bar of clips, on rank 0.
         flush_seconds: of wall time, between two shards.
+        loudness: dBFS to which each recording's RMS is brought, as far as its peak allows; None: as it is.
 
     Returns:
         (key, what is wrong) for each recording of this share that cannot be encoded, in the order of their
@@ -202,7 +209,7 @@ def encode_missing(
     written, seconds, clips = time.monotonic(), 0.0, sum(map(len, share))
     with tqdm(total=clips, desc="encode", unit="clip", disable=not (progress and rank == 0)) as bar:
         try:
-            for read, unreadable in read_ahead(recordings, share, codec.sampling_rate):
+            for read, unreadable in read_ahead(recordings, share, codec.sampling_rate, loudness):
                 encoded, too_large = _encode_batch(read, codec)
                 done += encoded
                 problems += unreadable + too_large

@@ -49,10 +49,11 @@ FRAMES_PER_SECOND = 25
 
 def identity_of(settings: Settings, tokenizer, mels: MelExtractor | None) -> dict:
     """What the samples of a store are made with; a run refuses a store that has another."""
-    text = tokenizer.backend_tokenizer.to_str()
+    text, path = tokenizer.backend_tokenizer.to_str(), settings.audio_tokenizer_path
+    codec = codec_identity(path, settings.loudness) if path else None
     return {
         "tokenizer": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "codec": codec_identity(settings.audio_tokenizer_path)[:16] if settings.audio_tokenizer_path else None,
+        "codec": codec[:16] if codec else None,
         **Layout.of(settings).identity,
         "whisper": mels.identity if mels else None,
     }
@@ -115,9 +116,9 @@ class _Preparation:
     def __init__(self, source, out, settings, tokenizer, config, world, mels):
         self.source, self.out, self.settings, self.world, self.mels = source, out, settings, world, mels
         self.config = config
-        self.cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path))
         self.layout, self.tokenize = Layout.of(settings), PromptTokenizer(tokenizer)
         self.identity = identity_of(settings, tokenizer, mels)
+        self.cache = CodeCache(settings.codes_cache_dir, self.identity["codec"])
         self.references = None
         if settings.pair_references:
             key = lru_cache(maxsize=100_000)(content_key)
@@ -186,6 +187,7 @@ class _Preparation:
         found = encode_missing(
             distinct, self._load_codec, self.cache, batch_seconds=self.settings.codec_batch_seconds,
             rank=self.world.rank, world_size=self.world.size, progress=True,
+            loudness=self.settings.loudness,
         )  # fmt: skip
         for part in self._gather(found, "the codes of recordings"):
             failed |= dict(part)

@@ -46,16 +46,20 @@ def count_all(
 
 
 def read_ahead(
-    recordings: Mapping[str, Recording], batches: Iterable[list[str]], sampling_rate: int
+    recordings: Mapping[str, Recording],
+    batches: Iterable[list[str]],
+    sampling_rate: int,
+    loudness: float | None = None,
 ) -> Iterator[tuple[dict[str, tuple[np.ndarray, AudioFacts]], Problems]]:
     """For each batch of keys: waveform at `sampling_rate` and facts of what can be read, and what is wrong.
 
-    The facts are those of the recording as it is, before resampling.
+    The facts are those of the recording as it is, before resampling and before it is brought to a `loudness` (dBFS).
     """
 
     def read(key: str) -> tuple[np.ndarray, AudioFacts]:
         decoded = decode(recordings[key])
-        return resample(decoded, sampling_rate), measure(decoded)
+        wave, facts = resample(decoded, sampling_rate), measure(decoded)
+        return wave if loudness is None else wave * facts.gain(loudness), facts
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="read-audio") as pool:
         begun: deque[dict[str, Future]] = deque()

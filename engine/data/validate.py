@@ -105,10 +105,10 @@ class Validation:
         if not report.accepted:
             raise DataError(f"{self.source}: row {number} cannot be used:", list(report.problems))
         prompt = self.tokenize(row.trained)
-        cache = CodeCache(self.settings.codes_cache_dir, codec_identity(self.settings.audio_tokenizer_path))
+        path, loudness = self.settings.audio_tokenizer_path, self.settings.loudness
+        cache = CodeCache(self.settings.codes_cache_dir, codec_identity(path, loudness))
         recordings = {heard[recording].key: recording for recording in row.recordings}
-        path = self.settings.audio_tokenizer_path
-        failed = encode_missing(recordings, lambda: Codec.load(path), cache)
+        failed = encode_missing(recordings, lambda: Codec.load(path), cache, loudness=loudness)
         if failed:
             raise DataError(f"{self.source}: row {number} cannot be encoded:", [problem for _, problem in failed])
         stream = StreamIds(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.batches import BatchPlan
+from engine.data.mixture import Mixture
 
 STEP_LIMITS = st.none() | st.integers(1, 60)
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -144,3 +145,58 @@ def test_rows_are_full_for_a_realistic_mix():
 def test_a_sample_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="a sample of 9 tokens cannot go into a row of 8"):
         BatchPlan([3, 9], max_tokens=8, max_samples=None, micro_batches_per_step=1, epochs=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_shuffled_by_other_numbers_than_their_samples(seed):
+    order = Mixture([[40]], seed=seed).epoch(1)
+    plan = BatchPlan([1] * 40, max_tokens=None, max_samples=1, micro_batches_per_step=1, epochs=2, seed=seed)
+    shuffled = [row[0] for (row,) in plan.epoch(1)]
+    assert shuffled not in ([*order], [*order[order]]), "the order of samples is applied twice"
+
+
+# ---- with a mixture of data sets
+
+
+@st.composite
+def mixed(draw, max_steps=st.none()):
+    """A case with the parts of its samples and the weights of its data sets."""
+    case = draw(cases(max_steps=max_steps))
+    cuts = sorted(draw(st.sets(st.integers(1, len(case.lengths)), max_size=6)) | {0, len(case.lengths)})
+    parts = np.diff(cuts).tolist()
+    first = draw(st.integers(1, len(parts)))
+    blocks = [sizes for sizes in (parts[:first], parts[first:]) if sizes]
+    weights = draw(st.none() | st.lists(st.floats(0.1, 3), min_size=len(blocks), max_size=len(blocks)))
+    return case, lambda: Mixture(blocks, weights, case.seed)
+
+
+@quick
+@given(mixed())
+def test_an_epoch_has_what_the_mixture_gives(given_case):
+    case, mixture = given_case
+    plan, drawn = case.plan(mixture=mixture()), mixture()
+    for epoch in range(case.epochs):
+        seen = Counter(i for step in plan.epoch(epoch) for row in step for i in row)
+        assert seen == Counter(drawn.epoch(epoch).tolist())
+        if drawn.weights == [1.0] * len(drawn.sizes):
+            assert seen == Counter(range(len(case.lengths)))
+
+
+@quick
+@given(mixed(max_steps=STEP_LIMITS), st.integers(0, 70))
+def test_budgets_hold_and_resuming_is_the_tail_with_a_mixture(given_case, start):
+    case, mixture = given_case
+    whole = list(case.plan(mixture=mixture()).steps())
+    for row in micro_batches(whole):
+        assert 1 <= len(row) <= (case.max_samples or len(row))
+        assert sum(case.lengths[i] for i in row) <= (case.max_tokens or sum(case.lengths) * len(row))
+    assert list(case.plan(mixture=mixture()).steps(start)) == whole[start:]
+
+
+def test_a_store_in_parts_is_read_nearly_part_by_part():
+    parts, size = 40, 500
+    plan = BatchPlan([400] * parts * size, max_tokens=4096, max_samples=None, micro_batches_per_step=1, epochs=1,
+                     mixture=Mixture([[size] * parts]))  # fmt: skip
+    part_of_row = [{i // size for i in row} for row in micro_batches(plan.steps())]
+    for start in range(0, len(part_of_row), 100):
+        assert len(set().union(*part_of_row[start : start + 100])) <= 24, "reading jumps over the whole store"

@@ -127,6 +127,23 @@ def test_identity_is_of_config_and_weights(codec, codec_path, copied):
     assert codec_identity(copied) != codec_identity(codec_path)
 
 
+def test_loudness_is_left_alone_unless_asked(codec, codec_path, tmp_path, recordings):
+    """A recording at an eighth of its level, brought to one loudness, gives the codes of the recording itself."""
+    key, recording = next((k, r) for k, r in recordings.items() if "child" in r.path)
+    wave, rate = soundfile.read(recording.path, dtype="float32")
+    soundfile.write(tmp_path / "soft.wav", wave / 8, rate, subtype="FLOAT")
+    both = {"0" * 64: Recording(str(tmp_path / "soft.wav")), "1" * 64: recording}
+    codes = {}
+    for loudness in (None, -30.0):
+        identity = codec_identity(codec_path, loudness)
+        cache = CodeCache(tmp_path, identity)
+        assert encode_missing(both, lambda: codec, cache, loudness=loudness) == []
+        codes[loudness] = [cache.get(key) for key in both]
+        assert cache.facts("0" * 64).rms < 0.2 * cache.facts("1" * 64).rms, "facts are of the recording as it is"
+    np.testing.assert_array_equal(codes[None][1], codec.encode([read_mono(recording, codec.sampling_rate)])[0])
+    assert (codes[None][0] != codes[None][1]).any() and (codes[-30.0][0] == codes[-30.0][1]).mean() > 0.99
+
+
 def damage_missing_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["quantizer.quantizers.3.codebook.embed"]

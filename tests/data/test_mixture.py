@@ -85,20 +85,13 @@ def test_seeds_epochs_and_data_sets_have_their_own_order():
 def test_parts_are_passed_through_a_few_at_a_time(sizes, seed, epoch):
     order = Mixture([sizes], None, seed).epoch(epoch)
     part = np.repeat(np.arange(len(sizes)), sizes)[order].tolist()
-    windows, start = [], 0
-    while start < len(part):  # the samples of up to WINDOW parts, all of them, before any other part's
-        window: set[int] = set()
-        remaining = part[start:]
-        if len(set(remaining)) <= WINDOW:
-            window = set(remaining)
-        else:
-            window = set(list(dict.fromkeys(remaining))[:WINDOW])
+    passed: set[int] = set()
+    while part:  # as the parts of a window are mixed, the first ones to come are those of the window
+        window = set(list(dict.fromkeys(part))[:WINDOW])
         size = sum(sizes[p] for p in window)
-        # a window's parts may come late within it, so the first WINDOW distinct parts are those of the window
-        assert set(remaining[:size]) == window
-        windows.append(window)
-        start += size
-    assert set().union(*windows) == set(range(len(sizes)))
+        assert set(part[:size]) == window and not passed & window
+        passed, part = passed | window, part[size:]
+    assert passed == set(range(len(sizes)))
 
 
 def test_samples_mix_within_a_window():

@@ -36,8 +36,8 @@ EVENTS = {
 }  # fmt: skip
 
 MARKS = "，。：；？！（）【】《》\u201c\u201d\u2018\u2019、—…·「」『』"
-PIECES = [*MARKS, *EVENTS, *EVENTS.values(), *ENDINGS, *"()°[]<>/_", "°C", "°F", " ", "  ", "\t", "\n", "\r\n", "\u3000",
-          "Alice", "SE", "e", "°", "你好", "[SPEAKER0]", "--", "humming", "start"]  # fmt: skip
+PIECES = [*MARKS, *EVENTS, *EVENTS.values(), *ENDINGS, *"()°[]<>/_ \t\n\u3000", "°C", "°F", "  ", "\r\n", "Alice",
+          "SE", "e", "°", "你好", "[SPEAKER0]", "--", "humming", "start"]  # fmt: skip
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
 
 
@@ -79,8 +79,9 @@ def test_an_ended_text_gets_no_period(ended):
     assert not normalize(ended).endswith("..") and normalize(ended)[-1] == (">" if "[" in ended else ended[-1])
 
 
-@pytest.mark.parametrize("open_end", ["Alice", "YES", "SE", "be", "_", "a/", "a <b", "b>", "a:", "a-", "[b]", "7", "</S",
-                                      "a [music start]", "</SE_s>"])  # fmt: skip
+@pytest.mark.parametrize("open_end", [
+    "Alice", "YES", "SE", "be", "_", "a/", "a <b", "b>", "a:", "a-", "[b]", "7", "</S", "a [music start]", "</SE_s>",
+])  # fmt: skip
 def test_any_other_text_gets_its_period(open_end):
     # a copy takes each letter of "</SE_e>" for an ending of its own
     assert normalize(open_end) == stated(open_end) and normalize(open_end)[-1] == "."
