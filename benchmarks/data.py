@@ -17,16 +17,12 @@ and one core, the loader two.
 import argparse
 import gc
 import json
-import multiprocessing
 import platform
 import re
-import resource
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,8 +32,9 @@ import torch
 import transformers
 
 import engine
+from benchmarks import loader_memory
 from benchmarks import synthetic_data as made
-from benchmarks.loader_memory import MAX_TOKENS, batches, loader_memory, micro_batches, plan_of
+from benchmarks.loader_memory import MAX_TOKENS, batches, micro_batches, plan_of
 from benchmarks.packed_forward import hardware
 from engine.config import Settings
 from engine.data.audio import Recording, content_key
@@ -60,7 +57,7 @@ TARGETS = {
 }  # fmt: skip
 """Of the medians, in the units they are printed in."""
 
-QUICK = dict(import_rows=300, clips=12, encoded=2, samples=200, times=5, packed_rows=8, repeats=1)
+QUICK = dict(import_rows=300, clips=12, encoded=2, samples=200, times=5, packed_rows=12, repeats=1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--packed_rows", type=int, default=400, metavar="N", help="rows that the loader packs")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs of each")
     add("--seed", type=int, default=0, metavar="N", help="of the data")
-    add("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    add("--quick", action="store_true", help="tiny sizes without targets, to see that it runs")
     add("--demo", type=Path, metavar="FOLDER", help="a demo that is there already; none: one is made")
     add("--out", type=Path, metavar="FILE", help="JSON to write; none: named after device and day in results/")
     args = parser.parse_args()
@@ -133,7 +130,7 @@ class Benchmark:
             raise SystemExit(f"not timed, for it is wrong: {name}")
 
     def result(self, name: str, title: str, unit: str, values: Sequence[float]) -> None:
-        self.results[name] = Result(title, unit, list(values), TARGETS.get(name))
+        self.results[name] = Result(title, unit, list(values), None if self.args.quick else TARGETS.get(name))
 
     def seconds(self, work: Callable[[], object]) -> list[float]:
         taken = []
@@ -164,9 +161,9 @@ class Benchmark:
         """Leaves a cache with codes of all recordings, of which `prepare` makes a store."""
         found = (Recording(path=str(self.folder / "audio" / name)) for name, _ in self.recordings)
         recordings = {content_key(recording): recording for recording in found}
-        codec = Codec.load(self.demo.audio_tokenizer_path)
+        demo = Codec.load(self.demo.audio_tokenizer_path)
         few = dict(list(recordings.items())[: self.args.encoded])
-        for name, codec, chosen in (("demo", codec, few), ("none", FreeCodec(codec), recordings)):
+        for name, codec, chosen in (("demo", demo, few), ("none", FreeCodec(demo), recordings)):
             caches = []
 
             def encode(chosen=chosen, codec=codec, caches=caches):
@@ -246,11 +243,16 @@ class Benchmark:
         self.check("a worker's rows are those of the process itself", all(_equal(a, b) for a, b in pairs))
         tokens = int(data.lengths[[i for row in rows for i in row]].sum())
         for name, title, workers in (("in_process", "no worker", 0), ("one_worker", "one worker", 1)):
-            before = _cpu_seconds()
-            taken = self.seconds(lambda workers=workers: Counter(b.tokens for b in batches(data, rows, workers)))
-            own = (_cpu_seconds() - before) / len(taken) / len(rows)
-            self.result(f"loader_{name}", f"loader, {title}", "tokens/s", [tokens / s for s in taken])
-            self.result(f"loader_{name}_own", f"loader, {title}: of the process itself", "ms CPU a row", [1e3 * own])
+            own = []  # CPU time of this process, which trains
+
+            def load(workers=workers, own=own):
+                before = time.process_time()
+                for _ in batches(data, rows, workers):
+                    pass
+                own.append(1e3 * (time.process_time() - before) / len(rows))
+
+            self.result(f"loader_{name}", f"loader, {title}", "tokens/s", [tokens / s for s in self.seconds(load)])
+            self.result(f"loader_{name}_own", f"loader, {title}: the process itself", "ms CPU a row", own)
         order = np.random.default_rng(self.args.seed).integers(0, len(data), 2000)
         microseconds = []
         for i in order.tolist():
@@ -265,9 +267,7 @@ class Benchmark:
             return
         found = {}
         for name in ("small", "large"):
-            # a fresh process each: freed memory of the stages before would be used again
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found[name] = pool.submit(loader_memory, self.folder / name, self.args.packed_rows).result()
+            found[name] = loader_memory.in_new_process(self.folder / name, self.args.packed_rows)
             size = f"store of {found[name]['samples']:,} samples"
             for of, title in (("worker", "worker"), ("process", "process that plans")):
                 value = found[name][of] / 2**20
@@ -287,11 +287,6 @@ class FreeCodec:
 
     def encode(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros((self.num_codebooks, -(-len(wave) // self.hop_length)), np.int16) for wave in waveforms]
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def _equal(a, b, but: Sequence[str] = ()) -> bool:

@@ -1,7 +1,14 @@
-"""Private memory of the process that plans and of its loader's worker, over a store: run each time in a new process."""
+"""Private memory of the process that plans and of its loader's worker, over a store.
 
+Each store gets a new process, `python -m benchmarks.loader_memory STORE ROWS`: memory that was freed in an old one
+would be used again, and not be seen.
+"""
+
+import json
 import multiprocessing
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,30 +41,37 @@ def batches(data: Dataset, rows: Sequence[MicroBatch], workers: int) -> Iterator
     return packed_batches(data, rows, audio_token_id=SPECIAL.audio_out, workers=workers, device=torch.device("cpu"))
 
 
-def loader_memory(folder: Path, packed_rows: int) -> dict[str, int]:
-    """Samples of the store, and what the process and its worker hold of their own while rows are loaded.
+def in_new_process(folder: Path, packed_rows: int) -> dict[str, int]:
+    command = [sys.executable, "-m", "benchmarks.loader_memory", str(folder), str(packed_rows)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def measure(folder: Path, packed_rows: int) -> dict[str, int]:
+    """Samples of the store, and the highest that the process has added to itself and that its worker holds.
 
     A worker begins as a copy of its parent, whose pages both share until one of them writes. So the parent walks
     through the whole of its plan, as it will have by the end of the epoch: reference counts are writes too.
     """
-    before = private_bytes("self")
+    before, highest = private_bytes("self"), Counter()
     data = Dataset([Store(folder)])
-    plan = plan_of(data)
-    rows = (row for step in plan.epoch(0) for row in step)
-    loaded = batches(data, [row for row, _ in zip(rows, range(packed_rows), strict=False)], 1)
+    steps = plan_of(data).epoch(0)
+    rows = [row for row, _ in zip((row for step in steps for row in step), range(packed_rows), strict=False)]
+    loaded = batches(data, rows, 1)
     (worker,) = multiprocessing.active_children()
-    highest = Counter()
     for number, _ in enumerate(loaded):
-        if number == packed_rows // 2:
-            Counter(len(row) + sum(row) for step in plan.epoch(0) for row in step)
-        if number % 20 == 0 or number >= packed_rows // 2:
-            for name, process in (("process", "self"), ("worker", worker.pid)):
-                highest[name] = max(highest[name], private_bytes(process) - (before if name == "process" else 0))
-        if number == packed_rows - 5:  # the worker ends when it has sent the last
-            break
+        if number == len(rows) // 2:
+            for step in steps:
+                sum(sum(row) for row in step)
+        if number % 20 < 2 and number < len(rows) - 8:  # it ends when it has sent the last, some rows ahead
+            highest["process"] = max(highest["process"], private_bytes("self") - before)
+            highest["worker"] = max(highest["worker"], private_bytes(worker.pid))
     return {"samples": len(data), **highest}
 
 
 def private_bytes(process: int | str) -> int:
     """Memory that no other process shares and the system cannot drop."""
     return 1024 * int(re.search(r"Private_Dirty:\s+(\d+)", Path(f"/proc/{process}/smaps_rollup").read_text()).group(1))
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))

@@ -14,6 +14,7 @@ import torch
 
 from engine.cli import main
 from engine.runtime.distributed import World, shutdown
+from tests.model.whisper_tiny import save_whisper
 from tests.processes import run
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -45,6 +46,13 @@ class Attempt:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         return path
+
+    def store(self) -> Path:
+        """Makes a prepared store of the data as they are and trains on that."""
+        folder = self.folder / "store"
+        assert main(["prepare", "--out", str(folder), *self.argv[1:]]) == 0
+        self.flag(train_data_file=folder)
+        return folder
 
     def check_nothing_was_trained(self) -> None:
         assert not list(self.folder.rglob("metrics.jsonl")) and not list(self.folder.rglob("tensors"))
@@ -94,7 +102,7 @@ def case(*told: str):
     return register
 
 
-@case("train_data_file: ", "gone.json does not exist → give a file of samples")
+@case("train_data_file: ", "gone.json does not exist → give a file or folder of samples, or a prepared store")
 def missing_data_file(attempt):
     attempt.flag(train_data_file=attempt.folder / "gone.json")
 
@@ -109,7 +117,10 @@ def empty_list(attempt):
     attempt.text = "[]"
 
 
-@case("data.json: 1 problem(s) in 2 row(s)", "row 1: no assistant message has audio → give the target recording")
+@case(
+    "data.json: 1 of 2 row(s) cannot be used → mend them, or raise max_bad_fraction to go on without them",
+    "train-0-report:\n  - row 1: no assistant message has audio → give the target recording",
+)
 def row_without_assistant_audio(attempt):
     del attempt.rows[1]["messages"][-1]["content"][-1]
 
@@ -120,7 +131,10 @@ def misspelt_key_of_a_row(attempt):
     item["url"] = item.pop("audio_url")
 
 
-@case("data.json: 2 problem(s)", "row 0: ", "gone.wav: no such file", "row 1: ", "text.wav: not audio, or damaged")
+@case(
+    "data.json: 2 of 2 row(s) cannot be used", "row 0: ", "gone.wav: no such file → correct the path", "row 1: ",
+    "text.wav: not audio, or damaged", "→ convert it to wav or flac",
+)  # fmt: skip
 def missing_recording_and_text_named_wav(attempt):
     attempt.target(0, attempt.folder / "gone.wav")
     attempt.target(1, attempt.file("text.wav", "This is no recording."))
@@ -183,6 +197,55 @@ def resume_from_nowhere(attempt):
 @case("empty: no manifest.json there → it is not a complete checkpoint")
 def resume_from_a_folder_that_is_no_checkpoint(attempt):
     attempt.flag(resume=attempt.file("empty/x").parent)
+
+
+@case(
+    "store: the store does not fit this run → give the settings it was prepared with, or prepare it again",
+    "prompt_layout: the store has 'auto', this run 'reference_in_system'", "scene: the store has", "this run 'A hall.'",
+)  # fmt: skip
+def store_of_other_settings(attempt):
+    attempt.store()
+    attempt.flag(prompt_layout="reference_in_system", scene="A hall.")
+
+
+@case("codes.npy: cannot be read (", "No such file", "→ prepare the store again, or copy all of it")
+def store_without_one_of_its_files(attempt):
+    (attempt.store() / "part-00000" / "codes.npy").unlink()
+
+
+@case("text_ids.npy: cannot be read (", "→ prepare the store again, or copy all of it")
+def store_with_half_of_a_file(attempt):
+    file = attempt.store() / "part-00000" / "text_ids.npy"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@case("store: the store has format version 99, this engine reads 1 → prepare it again from the data file")
+def store_of_another_version(attempt):
+    header = attempt.store() / "header.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"format_version": 99}))
+
+
+@case("store: not a prepared store (", "→ `higgs-engine prepare` makes one")
+def store_with_a_damaged_header(attempt):
+    (attempt.store() / "header.json").write_text('{"format_version": 1,')
+
+
+@case("data.json: its format cannot be told → bring it into one of these", "  - chatml: ")
+def data_of_no_format(attempt):
+    attempt.text = '[{"question": "Hi?"}]'
+
+
+@case("whisper_conditioning: ", "empty is not a folder → off, auto, or the folder of a Whisper model")
+def whisper_that_is_no_folder(attempt):
+    attempt.flag(whisper_conditioning=attempt.file("empty"))
+
+
+@case(
+    "whisper_conditioning: no sample has audio in a user or system message, so Whisper hears nothing → set "
+    "prompt_layout: reference_in_system, or whisper_conditioning: off"
+)
+def whisper_that_hears_nothing(attempt):
+    attempt.flag(whisper_conditioning=save_whisper(attempt.folder / "whisper"), prompt_layout="voice_cloning")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -93,7 +93,7 @@ class Layout:
     def identity(self) -> dict:
         """What two prepared stores must have in common to be the same kind of data."""
         return {
-            "prompt_layout": self.name,
+            "prompt_layout": TASK_TYPES.get(self.name, self.name),
             "system_prompt": self.system_prompt,
             "scene": self.scene,
             "train_reference": self.train_reference,

@@ -36,7 +36,7 @@ from engine.data.prompts import Prompt, PromptTokenizer
 from engine.data.references import References, draw
 from engine.data.report import DataReport, RowReport
 from engine.data.rows import Heard, LaidOut, RowCheck, laid_out
-from engine.data.store import Store, StoreWriter, publish_store
+from engine.data.store import Store, StoreWriter, is_store, publish_store
 from engine.errors import DataError, ModelError
 from engine.runtime.distributed import World, raise_together, wait_for_all
 
@@ -101,6 +101,8 @@ def prepare(
     except Exception as failure:
         error = _in_words(failure, settings)
     raise_together(world, error)
+    if not is_store(out):
+        raise DataError(f"{out}: the store just made is not there → it must be in a folder that all machines share.")
     return Store(out)
 
 
