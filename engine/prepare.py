@@ -26,7 +26,8 @@ def prepare_stores(settings: Settings, out: Path) -> None:
         tokenizer = load_tokenizer(settings.model_path)
         whisper, line = whisper_source.resolve(settings.whisper_conditioning, files)
         mels = MelExtractor(whisper.preprocessor) if whisper else None
-        say(line)
+        if line:
+            say(line)
         for source, folder in _folders(settings, out).items():
             prepare(source, folder, settings, tokenizer, files.config, world, mels, say)
             say(f"store: {folder}")

@@ -1,9 +1,10 @@
-"""The benchmark runs, compares before it times, and reports what its page says it does."""
+"""The benchmarks run, compare before they time, and report what their page says they do."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,34 @@ def test_packed_forward(tmp_path):
     # memory does not depend on what else the machine does: no logits of unlabelled positions, no padding
     memory = {name: result["peak_memory_added_bytes"] for name, result in report["results"].items()}
     assert memory["packed"] is None or memory["packed"] < memory["native_padded"] / 3
+
+
+def test_data(demo, tmp_path):
+    folder = demo.data_file.parent.parent
+    printed = benchmark("benchmarks.data", "--quick", "--demo", str(folder), "--out", str(tmp_path / "result.json"))
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report["check"].pop("passed") and len(report["check"]) >= 10 and all(report["check"].values())
+    results = report["results"]
+    for name in (
+        "import_json", "import_jsonl", "encode_demo", "encode_none", "prepare", "store_write", "open_small",
+        "open_large", "plan", "loader_in_process", "loader_one_worker", "sample",
+    ):  # fmt: skip
+        assert results[name]["median"] > 0 and results[name]["met"] is None, "tiny sizes are no measure of targets"
+        assert f"| {results[name]['title']} | " in printed
+    assert results["encode_none"]["median"] > results["encode_demo"]["median"]
+    assert Path("/proc/self/smaps_rollup").exists() == ("memory_worker" in results)
+
+
+def test_the_published_data_benchmark_has_todays_targets():
+    from benchmarks.data import TARGETS
+
+    (file, *_) = sorted((ROOT / "benchmarks" / "results").glob("data_*.json"), reverse=True)
+    results = json.loads(file.read_text())["results"]
+    for name, (side, limit) in TARGETS.items():
+        assert results[name]["target"] == f"{side} {limit}"
+        assert results[name]["met"] == (
+            results[name]["median"] < limit if side == "<" else results[name]["median"] > limit
+        )
 
 
 def test_random_model(demo, tmp_path):

@@ -204,16 +204,22 @@ def resample(decoded: Decoded, sampling_rate: int) -> np.ndarray:
         AudioError: the two rates have too little in common.
     """
     rate = decoded.sampling_rate
+    require_resampling(decoded, sampling_rate)
     if rate == sampling_rate:
         return decoded.wave
-    common = math.gcd(rate, sampling_rate)
-    if (rate // common) * (sampling_rate // common) > _LARGEST_RESAMPLER:
-        raise AudioError(f"{decoded.name}: cannot be resampled from {rate} Hz → convert the file to {sampling_rate} Hz")
     # Here, for they take seconds to import, and neither a header nor a file of the right rate needs them.
     import torch
     import torchaudio
 
     return torchaudio.functional.resample(torch.from_numpy(decoded.wave), rate, sampling_rate).numpy()
+
+
+def require_resampling(decoded: Decoded, sampling_rate: int) -> None:
+    """Raises AudioError if the two rates have too little in common."""
+    rate = decoded.sampling_rate
+    common = math.gcd(rate, sampling_rate)
+    if (rate // common) * (sampling_rate // common) > _LARGEST_RESAMPLER:
+        raise AudioError(f"{decoded.name}: cannot be resampled from {rate} Hz → convert the file to {sampling_rate} Hz")
 
 
 def read_mono(recording: Recording, sampling_rate: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -40,6 +41,30 @@ class Step:
         """The `rounds` micro-batches of one process; an empty one stands where the step has none left."""
         mine = list(self.micro_batches[rank::world_size])
         return mine + [()] * (rounds - len(mine))
+
+
+class _Steps(Sequence):
+    """The steps of an epoch, each a tuple of micro-batches, made when it is asked for.
+
+    Kept as two arrays. As Python objects a sample would take 50 bytes, and those not once a machine but once a loader
+    worker: looking at an object writes its reference count, and so copies the page that a fork had shared.
+    """
+
+    def __init__(self, rows: list[MicroBatch], size: int):
+        self._samples = np.fromiter(chain.from_iterable(rows), np.int64)
+        self._starts = np.cumsum([0, *map(len, rows)])
+        self._firsts = range(0, len(rows), size)  # row that begins each step
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    def __getitem__(self, number: int) -> tuple[MicroBatch, ...]:
+        first = self._firsts[number]
+        starts = self._starts[first : first + self._firsts.step + 1].tolist()
+        return tuple(tuple(self._samples[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
 
 
 class BatchPlan:
@@ -78,12 +103,11 @@ class BatchPlan:
             raise ValueError(f"a sample of {self.lengths.max()} tokens cannot go into a row of {max_tokens}")
 
     @lru_cache(maxsize=2)  # noqa: B019  (a run holds one plan; the current and the next epoch are enough)
-    def epoch(self, epoch: int) -> list[tuple[MicroBatch, ...]]:
+    def epoch(self, epoch: int) -> Sequence[tuple[MicroBatch, ...]]:
         """The steps of one epoch, each a tuple of micro-batches; the last step may be shorter."""
         rows = self._rows(self.mixture.epoch(epoch).tolist())
         rows = self._shuffled(rows, np.random.default_rng([self.seed, epoch, 2]))  # 2: not a stream of the mixture
-        size = self.micro_batches_per_step
-        return [tuple(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return _Steps(rows, self.micro_batches_per_step)
 
     @staticmethod
     def _shuffled(rows: list[MicroBatch], rng: np.random.Generator) -> list[MicroBatch]:

@@ -228,19 +228,24 @@ def _keep_given_codes(given: Mapping[str, Recording], codec: Codec, cache: CodeC
     """Puts codes that came with the data into the cache, as they are; what is wrong with those that do not fit."""
     problems, fitting = [], []
     for key, recording in given.items():
-        codes, size = recording.code_array, codec.codebook_size
-        if len(codes) != codec.num_codebooks or not codes.size:
-            remedy = f"the codec's are [{codec.num_codebooks}, 1 frame or more]"
-            problems.append((key, f"{recording}: shape {list(codes.shape)} → {remedy}"))
-        elif codes.min() < 0 or codes.max() >= size:
-            remedy = "give the codec's own codes, without BOS, EOS and delay"
-            span = f"span {codes.min()} to {codes.max()}, outside 0 to {size - 1}"
-            problems.append((key, f"{recording}: {span} → {remedy}"))
+        if problem := problem_of_codes(recording, codec.num_codebooks, codec.codebook_size):
+            problems.append((key, problem))
         else:
-            fitting.append(Encoded(key, codes))
+            fitting.append(Encoded(key, recording.code_array))
     for start in range(0, len(fitting), _SHARD):
         cache.put(fitting[start : start + _SHARD])
     return problems
+
+
+def problem_of_codes(recording: Recording, codebooks: int, size: int) -> str | None:
+    """Why codes that came with the data are not those of a codec with so many codebooks of that size, if so."""
+    codes = recording.code_array
+    if len(codes) != codebooks or not codes.size:
+        return f"{recording}: shape {list(codes.shape)} → the codec's are [{codebooks}, 1 frame or more]"
+    if codes.min() < 0 or codes.max() >= size:
+        span = f"span {codes.min()} to {codes.max()}, outside 0 to {size - 1}"
+        return f"{recording}: {span} → give the codec's own codes, without BOS, EOS and delay"
+    return None
 
 
 def _frames(

@@ -133,7 +133,7 @@ class Layout:
         if self.name != "auto":
             return TASK_TYPES.get(self.name, self.name)
         task = sample.misc.get("task_type")
-        if isinstance(task, str) and task in (*LAYOUTS, *TASK_TYPES):
+        if task in (*LAYOUTS, *TASK_TYPES):
             return TASK_TYPES.get(task, task)
         return "voice_cloning" if has_seed_shape(sample) else "as_written"
 

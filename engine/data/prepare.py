@@ -111,7 +111,9 @@ def _in_words(error: Exception, settings: Settings) -> Exception:
     if not isinstance(error, OSError):
         return error
     place = error.filename or settings.codes_cache_dir
-    return DataError(f"{place}: {error.strerror or error} → make room, or give another codes_cache_dir or output folder.")
+    return DataError(
+        f"{place}: {error.strerror or error} → make room, or give another codes_cache_dir or output folder."
+    )
 
 
 class _Preparation:
@@ -192,13 +194,14 @@ class _Preparation:
             loudness=self.settings.loudness,
         )  # fmt: skip
         for part in self._gather(found, "the codes of recordings"):
-            failed |= dict(part)
+            # without the name: a recording of the same content may have another
+            failed |= {key: problem.removeprefix(f"{distinct[key]}: ") for key, problem in part}
         self.cache.refresh()
         return {recording: self._heard(recording, keys.get(recording), failed, problems) for recording in recordings}
 
     def _heard(self, recording: Recording, key: str | None, failed: dict, problems: dict) -> Heard:
         if key is None or key in failed:
-            return Heard(key, problem=problems.get(recording) or failed[key])
+            return Heard(key, problem=problems.get(recording) or f"{recording}: {failed[key]}")
         frames, facts = self.cache.frames(key), self.cache.facts(key)
         if frames is None:
             raise DataError(
@@ -275,7 +278,7 @@ class _Preparation:
         try:
             return self.mels(read_mono(recording, SAMPLING_RATE))
         except AudioError as error:
-            return f"{error} → whisper_conditioning needs the audio of every reference; set it to off, or give it"
+            return unheard(error)
 
     # ---------------------------------------------------------------- the end
 
@@ -304,6 +307,11 @@ def _keep_report(draft: Path, out: Path) -> Path:
     for name in ("rows.jsonl", "report.json", "report.html"):
         os.replace(draft / name, folder / name)
     return folder
+
+
+def unheard(error: AudioError) -> str:
+    """The problem of a row with a reference that Whisper cannot hear."""
+    return f"{error} → whisper_conditioning needs the audio of every reference; set it to off, or give it"
 
 
 def chunks(rows: Iterator[LaidOut]) -> Iterator[list[LaidOut]]:

@@ -4,6 +4,7 @@
 recordings. `prepare` and `validate` share both, so what one reports is what the other does.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -146,10 +147,13 @@ class RowCheck:
     def _limits(self, known: list[tuple[Recording, Heard]]) -> Iterator[str]:
         low, high = self.settings.min_seconds, self.settings.max_seconds
         for recording, about in known:
-            if about.seconds is not None and low is not None and about.seconds < low:
-                yield f"{recording}: {about.seconds:.2f} s are less than min_seconds = {low:g}"
-            if about.seconds is not None and high is not None and about.seconds > high:
-                yield f"{recording}: {about.seconds:.2f} s are more than max_seconds = {high:g}"
+            if about.seconds is None:
+                continue
+            seconds = round(about.seconds, 3)  # the cache keeps them as fp32, in which 0.7 is less than 0.7
+            if low is not None and seconds < low:
+                yield f"{recording}: {seconds:.2f} s are less than min_seconds = {low:g}"
+            if high is not None and seconds > high:
+                yield f"{recording}: {seconds:.2f} s are more than max_seconds = {high:g}"
 
     def _copies(self, references: list[Recording], targets: list[Recording], heard: Mapping) -> Iterator[str]:
         keys = {heard[target].key for target in targets} - {None}
@@ -173,12 +177,11 @@ def _references_and_targets(row: LaidOut) -> tuple[list[Recording], list[Recordi
 
     The row as written tells them apart: a layout may train references too, but many rows share one.
     """
-    used, start = set(row.recordings), row.written.start_index or 0
-    references, targets = {}, {}
-    for turn, message in enumerate(row.written.messages):
-        kind = targets if message.role == "assistant" and turn >= start else references
-        kind.update((audio.recording, None) for audio in message.audios if audio.recording in used)
-    return list(references), list(targets)
+    answers = (m for m in row.written.messages[row.written.start_index or 0 :] if m.role == "assistant")
+    spoken = [audio.recording for message in answers for audio in message.audios]
+    others = Counter(audio.recording for audio in row.trained.audios)
+    others.subtract(spoken)
+    return list(+others), list(dict.fromkeys(spoken))
 
 
 def _speech_rates(sample: Conversation, heard: Mapping[Recording, Heard]) -> Iterator[str]:

@@ -41,7 +41,7 @@ class Split:
             for number in range(len(data.stores))
         }
         about = {"by": self.by, "train": len(self.train), "evaluation": len(self.evaluation), "evaluation_rows": aside}
-        file.write_text(json.dumps(about, indent=1, ensure_ascii=False))
+        file.write_text(json.dumps(about, indent=1))
 
 
 def split(data: Dataset, share: float, seed: int) -> Split:
@@ -57,7 +57,8 @@ def split(data: Dataset, share: float, seed: int) -> Split:
         sizes = np.bincount(groups)
         aside = _drawn(sizes, wanted, seed)
         near = wanted <= FACTOR * sizes[aside].sum()
-        if by == "clip" or (1 < len(sizes) < len(data) and near):
+        tells = len(np.unique(keys)) < len(data)
+        if by == "clip" or (tells and len(sizes) > 1 and near):
             break
     if len(sizes) < 2:
         raise DataError(

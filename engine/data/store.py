@@ -89,7 +89,7 @@ class StoreWriter:
 
     def close(self, **about) -> None:
         """Ends the files and writes the header; `about` is kept in it for people and tools."""
-        (self.folder / "speakers.json").write_text(json.dumps(list(self._speakers), ensure_ascii=False))
+        (self.folder / "speakers.json").write_text(json.dumps(list(self._speakers)))
         digest = hashlib.sha256()
         parts = []
         for part in self._parts:
@@ -109,7 +109,7 @@ class StoreWriter:
             "parts": parts,
             **about,
         }
-        (self.folder / HEADER).write_text(json.dumps(header, indent=1, ensure_ascii=False))
+        (self.folder / HEADER).write_text(json.dumps(header, indent=1))  # ASCII: right in any locale
 
 
 class _PartWriter:
@@ -256,8 +256,9 @@ class _Part:
             _open(folder / "clip_keys.npy"),
         )
         self.mels = self.mel_ends = None
-        if (folder / "mels.npy").is_file():
-            self.mels, self.mel_ends = _open(folder / "mels.npy"), _open(folder / "mel_ends.npy")
+        if about["mel_frames"]:
+            self.mels = _open(folder / "mels.npy", about["mel_frames"])
+            self.mel_ends = _open(folder / "mel_ends.npy", about["clips"])
 
     def _uses(self, index: int) -> slice:
         return slice(self.samples["use_end"][index - 1] if index else 0, self.samples["use_end"][index])

@@ -4,6 +4,7 @@ Recordings are decoded and measured by a few threads, a chunk of rows at a time;
 tokenizer the report also has the lengths of samples. What is reported is what `prepare` does: both use the same checks.
 """
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,22 +15,26 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config import Settings
-from engine.data.audio import AudioError, Recording, content_key, decode
-from engine.data.audio_checks import measure
+from engine.data.audio import AudioError, Recording, content_key, decode, require_resampling
+from engine.data.audio_checks import AudioFacts, measure
 from engine.data.code_cache import CodeCache
-from engine.data.codec import Codec, codec_identity, encode_missing
+from engine.data.codec import Codec, codec_identity, encode_missing, problem_of_codes
 from engine.data.conversation import Row
 from engine.data.formats import read_rows
+from engine.data.formats.row_check import CODEBOOK_SIZE
 from engine.data.labels import StreamIds, merge
 from engine.data.layouts import Layout, LayoutError
 from engine.data.mels import SAMPLING_RATE, embeddings, mel_rows
-from engine.data.prepare import FRAMES_PER_SECOND, chunks
+from engine.data.prepare import FRAMES_PER_SECOND, chunks, unheard
 from engine.data.prompts import PromptTokenizer
 from engine.data.references import References
 from engine.data.report import DataReport, RowReport
 from engine.data.rows import Heard, LaidOut, RowCheck, laid_out
 from engine.data.show import show
 from engine.errors import DataError
+
+CODEC_RATE = 24_000
+"""Hz, of the released codec."""
 
 THREADS = 4
 """Decoding and measuring leave the interpreter's lock to others most of the time."""
@@ -68,7 +73,7 @@ class Validation:
         with report, ThreadPoolExecutor(THREADS, thread_name_prefix="measure") as pool:
             for chunk in chunks(self.rows("validate")):
                 recordings = list(dict.fromkeys(recording for row in chunk for recording in row.recordings))
-                heard = dict(zip(recordings, pool.map(_hear, recordings), strict=True))
+                heard = dict(zip(recordings, pool.map(self._hear, recordings), strict=True))
                 for row in chunk:
                     report.add(self._with_length(row, check(row, heard), heard))
         return report
@@ -80,13 +85,14 @@ class Validation:
             prompt = self.tokenize(row.trained)
         except LayoutError as error:
             return replace(report, problems=(str(error),))
-        tokens = len(prompt.input_ids)
+        tokens, problems = len(prompt.input_ids), []
         for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True):
             seconds = heard[audio.recording].seconds
-            tokens += -int(-seconds * FRAMES_PER_SECOND // 1) + self.codebooks
+            tokens += math.ceil(round(seconds * FRAMES_PER_SECOND, 3)) + self.codebooks
             if self.whisper and is_context:
                 tokens += embeddings(mel_rows(round(seconds * SAMPLING_RATE)))
-        return replace(report, tokens=tokens)
+                problems += _without_sound(audio.recording)
+        return replace(report, problems=tuple(problems), tokens=None if problems else tokens)
 
     def show(self, number: int, config) -> str:
         """One row as it is written and as it is trained: turns, tokens, delay grid, labels.
@@ -100,7 +106,7 @@ class Validation:
         row = next(islice(self.rows("find"), number, None), None)
         if row is None:
             raise DataError(f"{self.source}: there is no row {number} → rows count from 0.")
-        heard = {recording: _hear(recording) for recording in row.recordings}
+        heard = {recording: self._hear(recording) for recording in row.recordings}
         report = RowCheck(self.settings)(row, heard)
         if not report.accepted:
             raise DataError(f"{self.source}: row {number} cannot be used:", list(report.problems))
@@ -117,14 +123,27 @@ class Validation:
         text = show(row.written, row.trained, prompt, sample, self.tokenize.tokenizer, stream)
         return "\n".join([text, *(f"warning: {line}" for line in report.warnings)])
 
+    def _hear(self, recording: Recording) -> Heard:
+        """Decodes and measures a recording."""
+        key = None
+        try:
+            key = content_key(recording)
+            if recording.codes is not None:
+                problem = problem_of_codes(recording, self.codebooks, CODEBOOK_SIZE)
+                seconds = None if problem else recording.code_array.shape[1] / FRAMES_PER_SECOND
+                return Heard(key, seconds, problem=problem)
+            decoded = decode(recording)
+            require_resampling(decoded, CODEC_RATE)
+        except AudioError as error:
+            return Heard(key, problem=str(error))
+        facts = AudioFacts.from_array(measure(decoded).to_array())  # as the cache of codes would give them
+        return Heard(key, facts.seconds, facts)
 
-def _hear(recording: Recording) -> Heard:
-    """Decodes and measures a recording."""
+
+def _without_sound(recording: Recording) -> list[str]:
+    """Why Whisper cannot hear a recording whose codes are known."""
     try:
-        key = content_key(recording)
-        if recording.codes is not None:
-            return Heard(key, recording.code_array.shape[1] / FRAMES_PER_SECOND)
-        facts = measure(decode(recording))
+        recording.open().close()
     except AudioError as error:
-        return Heard(None, problem=str(error))
-    return Heard(key, facts.seconds, facts)
+        return [unheard(error)]
+    return []

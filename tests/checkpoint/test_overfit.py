@@ -16,7 +16,8 @@ from engine.data.code_cache import CodeCache
 from engine.data.codec import codec_identity
 from engine.data.formats import read_conversations
 from engine.data.labels import StreamIds, delayed_stream, merge
-from engine.data.prompts import Layout, PromptTokenizer
+from engine.data.layouts import Layout
+from engine.data.prompts import PromptTokenizer
 from engine.model.weights import load_tokenizer
 from tests.processes import run
 

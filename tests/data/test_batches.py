@@ -159,7 +159,7 @@ def test_rows_are_shuffled_by_other_numbers_than_their_samples(seed):
 
 
 @st.composite
-def mixed(draw, max_steps=st.none()):
+def mixed(draw, max_steps):
     """A case with the parts of its samples and the weights of its data sets."""
     case = draw(cases(max_steps=max_steps))
     cuts = sorted(draw(st.sets(st.integers(1, len(case.lengths)), max_size=6)) | {0, len(case.lengths)})
@@ -171,7 +171,7 @@ def mixed(draw, max_steps=st.none()):
 
 
 @quick
-@given(mixed())
+@given(mixed(st.none()))
 def test_an_epoch_has_what_the_mixture_gives(given_case):
     case, mixture = given_case
     plan, drawn = case.plan(mixture=mixture()), mixture()
@@ -183,7 +183,7 @@ def test_an_epoch_has_what_the_mixture_gives(given_case):
 
 
 @quick
-@given(mixed(max_steps=STEP_LIMITS), st.integers(0, 70))
+@given(mixed(STEP_LIMITS), st.integers(0, 70))
 def test_budgets_hold_and_resuming_is_the_tail_with_a_mixture(given_case, start):
     case, mixture = given_case
     whole = list(case.plan(mixture=mixture()).steps())
@@ -195,8 +195,9 @@ def test_budgets_hold_and_resuming_is_the_tail_with_a_mixture(given_case, start)
 
 def test_a_store_in_parts_is_read_nearly_part_by_part():
     parts, size = 40, 500
-    plan = BatchPlan([400] * parts * size, max_tokens=4096, max_samples=None, micro_batches_per_step=1, epochs=1,
+    lengths = np.random.default_rng(0).integers(1000, 3000, parts * size)
+    plan = BatchPlan(lengths, max_tokens=4096, max_samples=None, micro_batches_per_step=1, epochs=1,
                      mixture=Mixture([[size] * parts]))  # fmt: skip
     part_of_row = [{i // size for i in row} for row in micro_batches(plan.steps())]
     for start in range(0, len(part_of_row), 100):
-        assert len(set().union(*part_of_row[start : start + 100])) <= 24, "reading jumps over the whole store"
+        assert len(set().union(*part_of_row[start : start + 100])) <= 16, "reading jumps over the whole store"

@@ -1,4 +1,4 @@
-"""References drawn for rows that have none, and rows that go without: never the target itself, always the same voice."""
+"""References drawn for rows that have none, and rows that go without: another clip, the same voice."""
 
 import math
 import random
@@ -54,10 +54,8 @@ def test_a_reference_is_another_clip_of_the_same_speaker(rows, seed):
             continue
         assert warning is None
         (chosen,) = [other for other in others if paths(other.conversation) == paths(paired)[:1]]
-        assert paired.messages == (
-            Message("user", (Text(f"Text {chosen.number}."), chosen.conversation.audios[0], Text(f"Text {sample.row}."))),
-            sample.messages[-1],
-        )  # fmt: skip
+        asked = Text(f"Text {chosen.number}."), chosen.conversation.audios[0], Text(f"Text {sample.row}.")
+        assert paired.messages == (Message("user", asked), sample.messages[-1])
         assert paired.misc["reference_row"] == chosen.number and paired.speaker == sample.speaker
 
 

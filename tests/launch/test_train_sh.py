@@ -115,6 +115,15 @@ def test_arguments_and_ranks_survive(tree, tmp_path, launcher):
         assert rank["OMP_NUM_THREADS"]
 
 
+@pytest.mark.parametrize("launcher, ranks", [("none", [None]), ("torchrun", ["0", "1"])])
+def test_prepare_as_the_first_word_prepares_on_all_ranks(tree, tmp_path, launcher, ranks):
+    result = run(
+        ["bash", tree / "launch/train.sh", "prepare", "--out", *AWKWARD], tmp_path, LAUNCHER=launcher, NPROC="2"
+    )
+    found = [(rank["RANK"], rank["arguments"]) for rank in told(result.stdout)]
+    assert found == [(rank, ["prepare", "--out", *AWKWARD]) for rank in ranks], result.stderr
+
+
 @pytest.mark.parametrize(
     "rank_of",
     [
