@@ -45,7 +45,13 @@ def batches(data: Dataset, rows: Sequence[MicroBatch], workers: int) -> Iterator
 
 def in_new_process(folder: Path, packed_rows: int) -> dict[str, int]:
     command = [sys.executable, "-m", "benchmarks.loader_memory", str(folder), str(packed_rows)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=_without_huge_pages)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _without_huge_pages() -> None:
+    """Of the process and those it starts: what the kernel counts as private of a shared huge page is an estimate."""
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def measure(folder: Path, packed_rows: int) -> dict[str, int]:
@@ -54,8 +60,6 @@ def measure(folder: Path, packed_rows: int) -> dict[str, int]:
     A worker begins as a copy of its parent, whose pages both share until one of them writes. So the parent walks
     through the whole of its plan, as it will have by the end of the epoch: reference counts are writes too.
     """
-    # Else the kernel, when it has time, gathers shared pages into huge ones, which are private: 200 MiB in some runs.
-    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     before, highest = kept_bytes("self", "Anonymous"), Counter()
     data = Dataset([Store(folder)])
     steps = plan_of(data).epoch(0)

@@ -92,4 +92,5 @@ def _validation(source: str, settings: Settings) -> Validation:
     files = WeightFiles(settings.model_path)
     whisper, _ = whisper_source.resolve(settings.whisper_conditioning, files)
     tokenizer = load_tokenizer(settings.model_path)
-    return Validation(source, settings, tokenizer, files.config.num_codebooks, whisper is not None)
+    mels = MelExtractor(whisper.preprocessor) if whisper else None
+    return Validation(source, settings, tokenizer, files.config.num_codebooks, mels)

@@ -85,3 +85,18 @@ def test_a_prepared_store_is_heard_only_by_the_whisper_it_was_made_for(settings,
         for folder in (report, tmp_path / "store")
     )
     assert foretold == made
+
+
+def test_a_reference_known_by_its_codes_only_cannot_be_heard(settings, tmp_path):
+    codes = {"type": "audio", "audio_codes": [[1, 2, 3]] * 8}
+    target = {"type": "audio", "audio_codes": [[4, 5, 6]] * 8}
+    row = {"messages": [{"role": "user", "content": [codes, "Hi."]}, {"role": "assistant", "content": target}]}
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    names = ("model_path", "audio_tokenizer_path", "codes_cache_dir", "prompt_layout", "whisper_conditioning")
+    making = {name: settings[name] for name in names} | {"train_data_file": tmp_path / "data.json"}
+    assert command("validate", report=tmp_path / "report", **making).code == 2
+    assert command("prepare", out=tmp_path / "store", **making).code == 2
+    foretold, made = (json.loads((tmp_path / name / "rows.jsonl").read_text()) for name in ("report", "store-report"))
+    words = "has no waveform → give the audio file if its sound is needed → whisper_conditioning needs the audio of"
+    assert foretold == made and words in made["problems"][0]
+    assert command("prepare", out=tmp_path / "store", **making | {"whisper_conditioning": "off"}).code == 0

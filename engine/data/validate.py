@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config import Settings
-from engine.data.audio import AudioError, Recording, content_key, decode, require_resampling
+from engine.data.audio import AudioError, Recording, content_key, decode, read_mono, require_resampling
 from engine.data.audio_checks import AudioFacts, measure
 from engine.data.code_cache import CodeCache
 from engine.data.codec import Codec, codec_identity, encode_missing, problem_of_codes
@@ -24,7 +24,7 @@ from engine.data.formats import read_rows
 from engine.data.formats.row_check import CODEBOOK_SIZE
 from engine.data.labels import StreamIds, merge
 from engine.data.layouts import Layout, LayoutError
-from engine.data.mels import SAMPLING_RATE, embeddings, mel_rows
+from engine.data.mels import SAMPLING_RATE, MelExtractor, embeddings, mel_rows
 from engine.data.prepare import FRAMES_PER_SECOND, chunks, unheard
 from engine.data.prompts import PromptTokenizer
 from engine.data.references import References
@@ -46,11 +46,12 @@ class Validation:
     Args:
         tokenizer: of the model; None: lengths are not known.
         codebooks: of the model; lengths of samples depend on it through the delay.
-        whisper: whether reference audio is also heard through Whisper.
+        mels: with Whisper conditioning.
     """
 
-    def __init__(self, source: str, settings: Settings, tokenizer=None, codebooks: int = 8, whisper: bool = False):
-        self.source, self.settings, self.codebooks, self.whisper = source, settings, codebooks, whisper
+    def __init__(self, source: str, settings: Settings, tokenizer=None, codebooks: int = 8,
+                 mels: MelExtractor | None = None):  # fmt: skip
+        self.source, self.settings, self.codebooks, self.mels = source, settings, codebooks, mels
         self.tokenize = PromptTokenizer(tokenizer) if tokenizer else None
 
     def rows(self, purpose: str) -> Iterator[LaidOut]:
@@ -89,7 +90,7 @@ class Validation:
         for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True):
             seconds = heard[audio.recording].seconds
             tokens += math.ceil(round(seconds * FRAMES_PER_SECOND, 3)) + self.codebooks
-            if self.whisper and is_context:
+            if self.mels and is_context:
                 tokens += embeddings(mel_rows(round(seconds * SAMPLING_RATE)))
                 problems += _without_sound(audio.recording)
         return replace(report, problems=tuple(problems), tokens=None if problems else tokens)
@@ -119,7 +120,11 @@ class Validation:
             raise DataError(f"{self.source}: row {number} cannot be encoded:", [problem for _, problem in failed])
         stream = StreamIds(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
         codes = [cache.get(heard[audio.recording].key) for audio in prompt.audios]
-        sample = merge(prompt, codes, self.tokenize.special, stream, number)
+        mels = [
+            self.mels(read_mono(audio.recording, SAMPLING_RATE)) if self.mels and is_context else None
+            for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True)
+        ]
+        sample = merge(prompt, codes, self.tokenize.special, stream, number, mels)
         text = show(row.written, row.trained, prompt, sample, self.tokenize.tokenizer, stream)
         return "\n".join([text, *(f"warning: {line}" for line in report.warnings)])
 

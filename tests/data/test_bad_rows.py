@@ -1,19 +1,19 @@
 """Many kinds of bad and suspicious rows in one data file: `validate` and `prepare` name each in the same words."""
 
-import contextlib
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
-from engine.cli import main
 from engine.data.store import Store
 from engine.errors import EngineError
-from engine.runtime.distributed import World, shutdown
-from tests.data.bad_rows import BAD, MAX_SECONDS, MIN_SECONDS, SOUND, SUSPICIOUS, Recordings
+from tests.commands import command
+from tests.data.bad_recordings import BAD_RECORDINGS, SUSPICIOUS
+from tests.data.bad_rows import BAD_ROWS
+from tests.data.row_kinds import MAX_SECONDS, MIN_SECONDS, SOUND, Recordings
+
+BAD = BAD_RECORDINGS | BAD_ROWS
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Data:
     """
 
     folder: Path
-    flags: list[str]
+    settings: dict
     number: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -37,20 +37,16 @@ class Data:
             train_data_file=folder / "data.json", model_path=demo.model_path, codes_cache_dir=folder / "codes",
             audio_tokenizer_path=demo.audio_tokenizer_path, min_seconds=MIN_SECONDS, max_seconds=MAX_SECONDS,
         )  # fmt: skip
-        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        return cls(folder, flags, {name: number for number, name in enumerate(rows)})
+        return cls(folder, settings, {name: number for number, name in enumerate(rows)})
 
-    def run(self, *command: str) -> tuple[int, str, str]:
-        """Exit code, output and errors of a command of the engine."""
-        name, *words = command
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
-            code = main([name, *self.flags, *words])
-        shutdown(World(0, 0, 1, torch.device("cpu")))  # what a refused run leaves
-        return code, out.getvalue(), errors.getvalue()
-
-    def validate(self, report: str, *flags: str) -> tuple[int, str, Path]:
-        code, said, _ = self.run("validate", "--report", str(self.folder / report), *flags)
+    def validate(self, report: str, **settings) -> tuple[int, str, Path]:
+        """Exit code, what is said, and the folder of the report."""
+        code, said, _ = command("validate", report=self.folder / report, **self.settings, **settings)
         return code, said, self.folder / report
+
+    def prepare(self, out: str, **settings) -> tuple[int, str, str]:
+        """Exit code, what is said, and what is said of mistakes."""
+        return command("prepare", out=self.folder / out, **self.settings, **settings)
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -115,7 +111,7 @@ def test_the_report_counts_them(data, validated):
 
 
 def test_prepare_refuses_them_in_the_same_words(data, validated):
-    code, _, errors = data.run("prepare", "--out", str(data.folder / "refused"))
+    code, _, errors = data.prepare("refused")
     assert code == 2 and not (data.folder / "refused").exists()
     report = data.folder / "refused-report"
     assert rows_of(report) == rows_of(validated[2])
@@ -129,9 +125,9 @@ def test_prepare_refuses_them_in_the_same_words(data, validated):
 
 def test_prepare_goes_on_without_them_when_told_to(data, validated):
     share = len(BAD) / len(data.number)
-    code, _, errors = data.run("prepare", "--out", str(data.folder / "store"), "--max_bad_fraction", f"{share - 0.01}")
+    code, _, errors = data.prepare("store", max_bad_fraction=share - 0.01)
     assert code == 2 and f"cannot be used (max_bad_fraction is {share - 0.01:g})" in errors
-    code, said, errors = data.run("prepare", "--out", str(data.folder / "store"), "--max_bad_fraction", f"{share}")
+    code, said, errors = data.prepare("store", max_bad_fraction=share)
     assert code == 0, errors
     store = Store(data.folder / "store")
     rows = rows_of(store.folder)
@@ -144,10 +140,10 @@ def test_prepare_goes_on_without_them_when_told_to(data, validated):
 
 def test_suspicious_rows_are_rejected_on_request(demo, tmp_path):
     data = Data.of(tmp_path, demo, SOUND, SUSPICIOUS)
-    code, said, folder = data.validate("report", "--max_bad_fraction", "0.1")
+    code, said, folder = data.validate("report", max_bad_fraction=0.1)
     assert code == 0 and "all " in said.splitlines()[0]
     accepted = rows_of(folder)
-    code, said, folder = data.validate("strict", "--max_bad_fraction", "0.1", "--reject_suspicious")
+    code, said, folder = data.validate("strict", max_bad_fraction=0.1, reject_suspicious="true")
     assert code == 2
     for row, before in zip(rows_of(folder), accepted, strict=True):
         assert row["problems"] == [f"{line} (rejected by reject_suspicious)" for line in before["warnings"]]
