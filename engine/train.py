@@ -17,10 +17,10 @@ from engine.checkpoint.model_folder import copy_side_files
 from engine.config import Settings, prepare_output_dir
 from engine.data.batches import BatchPlan, Step
 from engine.data.dataset import Dataset, open_data, write_dropped
+from engine.data.encoder import FRAMES_PER_SECOND
 from engine.data.loader import packed_batches
 from engine.data.mels import MelExtractor
 from engine.data.packing import PackedBatch
-from engine.data.prepare import FRAMES_PER_SECOND
 from engine.data.split import split
 from engine.errors import CheckpointError, ConfigError, EngineError, ModelError
 from engine.higgs_engine import HiggsEngine, Targets

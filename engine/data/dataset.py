@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import Settings
+from engine.data.encoder import FRAMES_PER_SECOND
 from engine.data.labels import Sample
 from engine.data.mels import MelExtractor
 from engine.data.mixture import Mixture
-from engine.data.prepare import FRAMES_PER_SECOND, identity_of, made_from, prepare
+from engine.data.prepare import identity_of, made_from, prepare
 from engine.data.store import Store, is_store
 from engine.errors import DataError
 from engine.runtime.distributed import World

@@ -19,15 +19,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import HiggsAudioV2Config
 
 from engine.config import Settings
 from engine.data.audio import AudioError, Recording, content_key, read_mono
-from engine.data.code_cache import CodeCache
-from engine.data.codec import Codec, codec_identity, encode_missing
+from engine.data.codec import codec_identity
 from engine.data.conversation import Row
+from engine.data.encoder import THREADS, Encoder
 from engine.data.formats import read_rows
 from engine.data.labels import StreamIds
 from engine.data.layouts import Layout, LayoutError
@@ -37,14 +36,17 @@ from engine.data.references import References, draw
 from engine.data.report import DataReport, RowReport
 from engine.data.rows import Heard, LaidOut, RowCheck, laid_out
 from engine.data.store import Store, StoreWriter, is_store, publish_store
-from engine.errors import DataError, ModelError
-from engine.runtime.distributed import World, raise_together, wait_for_all
+from engine.errors import DataError
+from engine.runtime.distributed import World, raise_together
+
+MEL_ROWS = 256
+"""Rows whose spectrograms are in memory at a time; 30 s take 1.5 MB."""
+
+TOLD_ROWS = 200
+"""Lines about bad rows in an error; the report has all of them."""
 
 CHUNK_ROWS = 4096
 """Rows in memory at a time. More would make fuller codec batches; 4096 clips have dozens of each length."""
-
-FRAMES_PER_SECOND = 25
-"""Of the released codec; used for durations in reports only."""
 
 
 def identity_of(settings: Settings, tokenizer, mels: MelExtractor | None) -> dict:
@@ -122,12 +124,11 @@ class _Preparation:
         self.config = config
         self.layout, self.tokenize = Layout.of(settings), PromptTokenizer(tokenizer)
         self.identity = identity_of(settings, tokenizer, mels)
-        self.cache = CodeCache(settings.codes_cache_dir, self.identity["codec"])
+        self.encoder = Encoder(settings, self.identity["codec"], config.num_codebooks, world)
         self.references = None
         if settings.pair_references:
             key = lru_cache(maxsize=100_000)(content_key)
             self.references = References(self._rows("pair"), key, settings.seed)
-        self._codec: Codec | None = None
 
     def run(self, say: Callable[[str], None]) -> None:
         settings = self.settings
@@ -168,67 +169,12 @@ class _Preparation:
         hidden = not self.world.is_main
         return tqdm(read_rows(self.source, self.settings.format), desc=purpose, unit="row", disable=hidden, delay=2)
 
+    def _hear(self, rows: list[LaidOut]) -> dict[Recording, Heard]:
+        return self.encoder(list(dict.fromkeys(recording for row in rows for recording in row.recordings)))
+
     def _count_parts(self) -> int:
         size = self.settings.store_shard_samples
         return 1 if size is None else max(1, -(-sum(1 for _ in self._rows("count")) // size))
-
-    # ---------------------------------------------------------------- recordings, on all processes
-
-    def _hear(self, rows: list[LaidOut]) -> dict[Recording, Heard]:
-        """What is known of each recording of the rows, encoded by now unless something is wrong with it."""
-        recordings = list(dict.fromkeys(recording for row in rows for recording in row.recordings))
-        keys, problems = {}, {}
-        for recording in recordings[self.world.rank :: self.world.size]:
-            try:
-                keys[recording] = content_key(recording)
-            except AudioError as error:
-                problems[recording] = str(error)
-        for part in self._gather((keys, problems), "the hashes of recordings"):
-            keys |= part[0]
-            problems |= part[1]
-        distinct = {key: recording for recording, key in sorted(keys.items(), key=lambda item: (item[1], str(item[0])))}
-        failed: dict[str, str] = {}
-        found = encode_missing(
-            distinct, self._load_codec, self.cache, batch_seconds=self.settings.codec_batch_seconds,
-            rank=self.world.rank, world_size=self.world.size, progress=True,
-            loudness=self.settings.loudness,
-        )  # fmt: skip
-        for part in self._gather(found, "the codes of recordings"):
-            # without the name: a recording of the same content may have another
-            failed |= {key: problem.removeprefix(f"{distinct[key]}: ") for key, problem in part}
-        self.cache.refresh()
-        return {recording: self._heard(recording, keys.get(recording), failed, problems) for recording in recordings}
-
-    def _heard(self, recording: Recording, key: str | None, failed: dict, problems: dict) -> Heard:
-        if key is None or key in failed:
-            return Heard(key, problem=problems.get(recording) or f"{recording}: {failed[key]}")
-        frames, facts = self.cache.frames(key), self.cache.facts(key)
-        if frames is None:
-            raise DataError(
-                f"{self.cache.folder}: codes that another process has just written are not there → "
-                "codes_cache_dir must be a folder that all machines of the run share."
-            )
-        return Heard(key, facts.seconds if facts else frames / FRAMES_PER_SECOND, facts)
-
-    def _load_codec(self) -> Codec:
-        if self._codec is None:
-            path, wanted = self.settings.audio_tokenizer_path, self.config.num_codebooks
-            codec = Codec.load(path, self.world.device)
-            if codec.num_codebooks != wanted:
-                raise ModelError(
-                    f"{path}: the codec has {codec.num_codebooks} codebooks, the model {wanted} → take the codec that "
-                    "belongs to the model."
-                )
-            self._codec = codec
-        return self._codec
-
-    def _gather(self, value, name: str) -> list:
-        if self.world.size == 1:
-            return [value]
-        wait_for_all(name)
-        parts = [None] * self.world.size
-        dist.all_gather_object(parts, value)
-        return parts
 
     # ---------------------------------------------------------------- samples, on the first process
 
@@ -241,20 +187,22 @@ class _Preparation:
                     prompts[row.number] = self.tokenize(row.trained)
                 except LayoutError as error:
                     judged[at] = row, replace(report, problems=(str(error),))
-        mels, unheard = self._mels(prompts.values())
-        for row, report in judged:
-            if prompt := prompts.get(row.number):
-                if problems := [unheard[audio.recording] for audio in prompt.audios if audio.recording in unheard]:
-                    report = replace(report, problems=tuple(problems))
-                else:
-                    report = self._add(row, report, prompt, heard, mels)
-            self.report.add(report)
+        for start in range(0, len(judged), MEL_ROWS):
+            part = judged[start : start + MEL_ROWS]
+            mels, deaf = self._mels([prompts[row.number] for row, _ in part if row.number in prompts])
+            for row, report in part:
+                if prompt := prompts.get(row.number):
+                    if problems := [deaf[audio.recording] for audio in prompt.audios if audio.recording in deaf]:
+                        report = replace(report, problems=tuple(problems))
+                    else:
+                        report = self._add(row, report, prompt, heard, mels)
+                self.report.add(report)
 
     def _add(self, row: LaidOut, report: RowReport, prompt: Prompt, heard: dict, mels: dict) -> RowReport:
         clips = []
         for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True):
             key = heard[audio.recording].key
-            clips.append((key, self.cache.get(key), mels.get(audio.recording) if is_context else None))
+            clips.append((key, self.encoder.cache.get(key), mels.get(audio.recording) if is_context else None))
         part = int(draw(self.settings.seed, "part", row.number) * self.parts)
         return replace(report, tokens=self.writer.add(prompt, clips, row.number, row.trained.speaker, part))
 
@@ -268,11 +216,11 @@ class _Preparation:
             for audio, is_context in zip(prompt.audios, self.tokenize.heard(prompt), strict=True)
             if is_context
         )
-        mels, unheard = {}, {}
-        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="mels") as pool:
+        mels, deaf = {}, {}
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="mels") as pool:
             for recording, result in zip(wanted, pool.map(self._mel, wanted), strict=True):
-                (unheard if isinstance(result, str) else mels)[recording] = result
-        return mels, unheard
+                (deaf if isinstance(result, str) else mels)[recording] = result
+        return mels, deaf
 
     def _mel(self, recording: Recording) -> np.ndarray | str:
         try:
@@ -288,10 +236,13 @@ class _Preparation:
             kept = _keep_report(draft, self.out)
             shutil.rmtree(draft)
             limit = f" (max_bad_fraction is {report.max_bad_fraction:g})" if report.max_bad_fraction else ""
+            lines = report.rejected_lines()
+            if len(lines) > TOLD_ROWS:
+                lines = [*lines[:TOLD_ROWS], f"… and {len(lines) - TOLD_ROWS:,} more, all in {kept / 'rows.jsonl'}"]
             raise DataError(
                 f"{self.source}: {report.rejected} of {report.rows} row(s) cannot be used{limit} → mend them, or raise "
                 f"max_bad_fraction to go on without them; all about them in {kept}:",
-                report.rejected_lines(),
+                lines,
             )
         self.writer.close(made_from=made_from(self.source, self.settings), rejected=report.rejected)
         publish_store(draft, self.out)

@@ -20,12 +20,13 @@ from engine.data.audio_checks import AudioFacts, measure
 from engine.data.code_cache import CodeCache
 from engine.data.codec import Codec, codec_identity, encode_missing, problem_of_codes
 from engine.data.conversation import Row
+from engine.data.encoder import FRAMES_PER_SECOND, THREADS
 from engine.data.formats import read_rows
 from engine.data.formats.row_check import CODEBOOK_SIZE
 from engine.data.labels import StreamIds, merge
 from engine.data.layouts import Layout, LayoutError
 from engine.data.mels import SAMPLING_RATE, MelExtractor, embeddings, mel_rows
-from engine.data.prepare import FRAMES_PER_SECOND, chunks, unheard
+from engine.data.prepare import chunks, unheard
 from engine.data.prompts import PromptTokenizer
 from engine.data.references import References
 from engine.data.report import DataReport, RowReport
@@ -35,9 +36,6 @@ from engine.errors import DataError
 
 CODEC_RATE = 24_000
 """Hz, of the released codec."""
-
-THREADS = 4
-"""Decoding and measuring leave the interpreter's lock to others most of the time."""
 
 
 class Validation:

@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 
+import engine.data.encoder as encoder
 import engine.data.prepare as preparing
 from engine.cli import main
 from engine.data.code_cache import CodeCache
@@ -16,7 +17,7 @@ CHUNK_ROWS = 16
 
 def in_small_pieces(pause: float) -> None:
     preparing.CHUNK_ROWS = CHUNK_ROWS
-    preparing.encode_missing = partial(preparing.encode_missing, flush_seconds=0)
+    encoder.encode_missing = partial(encoder.encode_missing, flush_seconds=0)
     put = CodeCache.put
 
     def put_and_wait(self, items) -> None:
