@@ -129,7 +129,7 @@ class RowCheck:
         warnings += _speech_rates(row.trained, heard)
         references, targets = _references_and_targets(row)
         problems += self._copies(references, targets, heard)
-        if not problems:
+        if not problems and not (warnings and self.settings.reject_suspicious):
             warnings += self._repeated(row.number, targets, heard)
         if self.settings.reject_suspicious:
             problems += [f"{line} (rejected by reject_suspicious)" for line in warnings]

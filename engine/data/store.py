@@ -193,9 +193,12 @@ class Store:
                 f"{self.folder}: the store has format version {version}, this engine reads {FORMAT_VERSION} → "
                 "prepare it again from the data file; codes come from the cache."
             )
-        self.special = SpecialTokens(**self.header["special"])
-        self.stream = StreamIds(**self.header["stream"])
-        self.parts = [_Part(self.folder / part["folder"], part) for part in self.header["parts"]]
+        try:
+            self.special = SpecialTokens(**self.header["special"])
+            self.stream = StreamIds(**self.header["stream"])
+            self.parts = [_Part(self.folder / part["folder"], part) for part in self.header["parts"]]
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{self.folder / HEADER}: damaged ({error}) → prepare the store again.") from None
 
     def __reduce__(self):
         return Store, (self.folder,)

@@ -214,6 +214,9 @@ def test_a_rejected_row_is_no_first_of_its_recording():
     check = RowCheck(Settings(max_seconds=3.0))
     assert not report(row(0, target="a", reference="long"), check, long=sound("long", seconds=9.0)).accepted
     assert not report(row(1, target="a"), check).warnings
+    check = RowCheck(Settings(reject_suspicious=True))
+    assert not report(row(0, target="a", reference="loud"), check, loud=sound("loud", clipped=0.1)).accepted
+    assert report(row(1, target="a"), check).accepted
 
 
 def test_a_reference_that_rows_share_is_no_copy_even_when_it_is_trained():

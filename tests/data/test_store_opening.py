@@ -58,6 +58,7 @@ def test_a_store_that_was_not_closed_is_none(tmp_path):
     (None, "not a prepared store .*No such file.* → `higgs-engine prepare` makes one"),
     ("", "not a prepared store"), ('{"format_version": 1', "not a prepared store"), ("[1]", "not a prepared store"),
     ("{}", f"format version None, this engine reads {FORMAT_VERSION} → prepare it again"),
+    (f'{{"format_version": {FORMAT_VERSION}}}', "header.json: damaged .* → prepare the store again"),
     ('{"format_version": 99}', f"format version 99, this engine reads {FORMAT_VERSION} → prepare it again"),
 ])  # fmt: skip
 def test_a_header_that_is_none_is_told(tmp_path, header, message):
