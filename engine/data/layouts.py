@@ -11,7 +11,7 @@ data has. Training in other turns than those of inference teaches to speak in a 
     single_speaker        system  prompt + scene                       no reference
                           user text, assistant target
     multi_speaker         with references: as voice_cloning, each text tagged [SPEAKERn];
-                          without: the system turn describes the speakers tagged in the texts
+                          without: the system turn describes the speakers tagged in the texts, if several
 
 A row may have several rounds of user text and assistant audio (a dialogue); all of them follow.
 """
@@ -173,6 +173,8 @@ class Layout:
                 "multi_speaker needs references, or texts with tags such as [SPEAKER0] → tag the texts, or set "
                 "prompt_layout: single_speaker"
             )
+        if len(tags) == 1:  # inference describes speakers only to tell them apart
+            return self._single_speaker(speech, misc)
         given = misc.get("speakers") if isinstance(misc.get("speakers"), dict) else {}
         voices = (given.get(tag) or ("masculine" if i % 2 else "feminine") for i, tag in enumerate(tags))
         described = "\n".join(f"{tag}: {voice}" for tag, voice in zip(tags, voices, strict=True))

@@ -29,6 +29,11 @@ CLONING = Layout("voice_cloning", normalize_text=False)
 SYSTEM = f"Generate audio following instruction.\n\n<|scene_desc_start|>\n{ROOM}\n<|scene_desc_end|>"
 
 
+def test_a_single_tag_is_no_reason_to_describe_its_speaker():
+    row = dialogue(("[SPEAKER0] a", TARGET))
+    assert turns(row, "multi_speaker") == turns(row, "single_speaker")
+
+
 def system_text(sample, name="auto", **settings) -> str:
     (text,) = turns(sample, name, **settings)[0].texts
     return text
