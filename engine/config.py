@@ -224,9 +224,6 @@ class Settings:
                    " → one for each")
         if self.min_seconds is not None and self.max_seconds is not None and self.min_seconds >= self.max_seconds:
             yield f"min_seconds: {self.min_seconds:g} is not below max_seconds = {self.max_seconds:g} → lower it"
-        if self.whisper_conditioning not in ("off", "auto") and not os.path.isdir(self.whisper_conditioning):
-            yield (f"whisper_conditioning: {self.whisper_conditioning} is not a folder → off, auto, or the folder of a "
-                   "Whisper model")
 
     def _path_problems(self, excused: Collection[str]) -> Iterator[str]:
         for name, field in FIELDS.items():
@@ -246,6 +243,9 @@ class Settings:
                 wanted = asked if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", asked) else HUB_IDS[name]
                 yield (f"{name}: {value} is not a folder, and the engine reaches no model hub → first "
                        f"`huggingface-cli download {wanted} --local-dir FOLDER`, then give that folder")
+        if self.whisper_conditioning not in ("off", "auto") and not os.path.isdir(self.whisper_conditioning):
+            yield (f"whisper_conditioning: {self.whisper_conditioning} is not a folder → off, auto, or the folder of a "
+                   "Whisper model")
         if self.resume not in ("none", "auto") and not os.path.isdir(self.resume):
             yield f"resume: {self.resume} is not a folder → give a checkpoint's folder, auto or none"
         if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):
