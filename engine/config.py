@@ -66,7 +66,7 @@ class Settings:
     data_weights: list[float] | None = _data(
         None, "how often an epoch sees each train_data_file, 0.5 is every other time; none: each once", above=0)
     validation_split: float = _data(
-        0.0, "share of train_data_file set aside to evaluate on, whole speakers where there are several; "
+        0.0, "share of train_data_file set aside to evaluate on, whole speakers where that comes near it; "
         "eval_data_file wins over it", at_least=0, below=1)
     format: str = _data(
         "auto", "format of the data that is no store; auto: told from its content", choices=("auto", *FORMAT_NAMES))
