@@ -146,7 +146,8 @@ class _Preparation:
         self.writer = StoreWriter(
             draft, self.identity, self.tokenize.special, stream, self.parts, self.mels and self.mels.n_mels
         )
-        about = self.identity | made_from(self.source, settings)
+        self.made_from = made_from(self.source, settings)
+        about = self.identity | self.made_from
         self.report = DataReport(self.source, draft, max_bad_fraction=settings.max_bad_fraction, settings=about)
         self.check = RowCheck(settings)
         with self.report:
@@ -244,7 +245,7 @@ class _Preparation:
                 f"max_bad_fraction to go on without them; all about them in {kept}:",
                 lines,
             )
-        self.writer.close(made_from=made_from(self.source, self.settings), rejected=report.rejected)
+        self.writer.close(made_from=self.made_from, rejected=report.rejected)
         publish_store(draft, self.out)
         report.folder = self.out
         for line in report.lines():
