@@ -81,16 +81,6 @@ class Recording:
         name = self.path if self.path is not None else f"embedded audio of {len(self.data):,} bytes"
         return name if self.offset is None else f"{name} from {self.offset:g} s"
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file, data or codes, 0 if there is no such file."""
-        if self.path is None:
-            return len(self.data if self.codes is None else self.codes)
-        try:
-            return Path(self.path).stat().st_size
-        except OSError:
-            return 0
-
     def open(self) -> BinaryIO:
         """The encoded bytes as a stream.
 
@@ -163,12 +153,6 @@ def count_samples(recording: Recording, sampling_rate: int) -> int:
     with recording.open() as stream, _decoder(recording, stream) as sound:
         first, frames = _segment(recording, sound)
         return math.ceil(frames * sampling_rate / sound.samplerate)
-
-
-def duration_of(recording: Recording) -> float:
-    """Seconds, from the file's header alone; raises as `count_samples` does."""
-    with recording.open() as stream, _decoder(recording, stream) as sound:
-        return _segment(recording, sound)[1] / sound.samplerate
 
 
 def decode(recording: Recording) -> Decoded:

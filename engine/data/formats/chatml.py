@@ -42,13 +42,6 @@ def read_row(number: int, row: Any, folder: Path) -> Row:
     return check.row(number, check.conversation(row, number))
 
 
-def read_chatml(path: str | Path) -> list[Conversation]:
-    """All conversations of a ChatML file; `formats.read_conversations` for that one format."""
-    from engine.data.formats.registry import read_conversations
-
-    return read_conversations(path, FORMAT.name)
-
-
 def write(conversations: Iterable[Conversation], path: Path) -> None:
     json_rows.write_rows((to_row(conversation, path.parent) for conversation in conversations), path)
 
