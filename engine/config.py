@@ -23,6 +23,7 @@ from engine.config_sources import LIMITS, Reading, Schema, setting
 from engine.data.formats import FORMAT_NAMES
 from engine.data.layouts import LAYOUTS, TASK_TYPES
 from engine.errors import ConfigError
+from engine.model.adapter_folder import adapter_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -136,6 +137,12 @@ class Settings:
     lora_dropout: float = _trained(0.1, "share of an adapter's inputs dropped", at_least=0, below=1)
     lora_target_modules: list[str] = _trained(LINEAR_LAYERS, "layers with adapters: attention and both FFNs")
     lora_modules_to_save: list[str] = _trained([], "trained in full beside the adapters, as audio_lm_head")
+    use_rslora: bool = _trained(False, "scale adapters by alpha / sqrt(rank) instead, for high ranks")
+    use_dora: bool = _trained(
+        False, "DoRA: adapters turn the weights' rows, a magnitude of each row is trained beside; slower")
+    lora_adapter_path: str | None = _trained(
+        None, "adapter to go on from, of the shape that these settings describe: its folder, a LoRA checkpoint or a "
+        "LoRA run's output folder; none: a new one", path="FOLDER")
     train_modules: list[str] = _trained(
         [], "without LoRA: globs of parameter names to train, such as '*audio_mlp*'; none: everything")
     freeze_llm: bool = _trained(False, "without LoRA: keep the text backbone as it is")
@@ -156,7 +163,12 @@ class Settings:
     output_dir: str = _run("./output", "everything is written here", path="FOLDER")
     seed: int = _run(42, "of the data order, dropout and new parameters", at_least=0, below=2**32)
     save_steps: int = _run(500, "steps between checkpoints", at_least=1)
-    save_total_limit: int | None = _run(3, "newest checkpoints to keep; none: all", at_least=1)
+    save_total_limit: int | None = _run(
+        3, "newest checkpoints to keep, beside the best one; none: all", at_least=1)
+    keep_every: int | None = _run(None, "steps whose multiples are kept for good, as 5000; none: none", at_least=1)
+    async_save: bool = _run(
+        False, "write checkpoints behind the training's back, from a copy in host memory: each process needs room for "
+        "its share of weights and optimizer")
     resume: str = _run(
         "none", "none: start afresh; auto: from the newest complete checkpoint of the output folder, if any; "
         "or the folder of a checkpoint")
@@ -205,6 +217,9 @@ class Settings:
                 yield f"lora_target_modules: no layer has adapters → some of {' '.join(LINEAR_LAYERS)}"
         elif self.lora_modules_to_save:
             yield "lora_modules_to_save: has no meaning without LoRA → add use_lora, or name train_modules"
+        for name in ("use_rslora", "use_dora", "lora_adapter_path"):
+            if getattr(self, name) and not self.use_lora:
+                yield f"{name}: has no meaning without LoRA → add use_lora, or remove {name}"
         if self.bf16 and self.backend == "none":
             yield "bf16: backend none computes in fp32 only → set backend to fsdp, which runs in one process too"
         if self.fsdp_replicas != 1 and self.backend != "fsdp":
@@ -246,6 +261,9 @@ class Settings:
         if self.whisper_conditioning not in ("off", "auto") and not os.path.isdir(self.whisper_conditioning):
             yield (f"whisper_conditioning: {self.whisper_conditioning} is not a folder → off, auto, or the folder of a "
                    "Whisper model")
+        if self.lora_adapter_path and not adapter_folder(self.lora_adapter_path):
+            yield (f"lora_adapter_path: {self.lora_adapter_path} holds no adapter → give a folder with "
+                   "adapter_config.json and adapter_model.safetensors, or a LoRA checkpoint")
         if self.resume not in ("none", "auto") and not os.path.isdir(self.resume):
             yield f"resume: {self.resume} is not a folder → give a checkpoint's folder, auto or none"
         if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):
@@ -257,12 +275,17 @@ class Settings:
         data = [*self.train_data_file, *self.eval_data_file]
         return bool(data) and all(os.path.isfile(os.path.join(path, "header.json")) for path in data)
 
-    def with_resolved(self, world_size: int, has_gpu: bool) -> "Settings":
+    def with_resolved(self, world_size: int, has_gpu: bool, resumed_step: int | None = None) -> "Settings":
         """These settings with each automatic value decided for `world_size` processes.
 
         The step is fixed as micro-batches over all processes: any world size then repeats the same steps.
+
+        Args:
+            resumed_step: micro_batches_per_step of the run that is resumed, which goes on with the same steps.
         """
         total, each = self.micro_batches_per_step, self.gradient_accumulation_steps
+        if resumed_step and total is None:
+            total, each = resumed_step, None
         product = (each or 1) * world_size
         problems = []
         if total and each and total != product:

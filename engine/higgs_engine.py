@@ -1,4 +1,4 @@
-"""HiggsEngine: the Higgs model wrapped in a backend. One optimizer step, evaluation, save and load.
+"""HiggsEngine: the Higgs model wrapped in a backend. One optimizer step, evaluation, its state.
 
     engine = HiggsEngine(settings, world, WeightFiles(settings.model_path), rounds=2)
     result = engine.train_step(batches, targets, learning_rate=1e-5)
@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from engine.backends import Blueprint, backend_class
+from engine.backends.tensors import State, read_tensors
 from engine.config import Settings
 from engine.data.packing import PackedBatch
 from engine.errors import ConfigError
 from engine.model import attention, whisper_source
+from engine.model.adapter_files import open_adapter
 from engine.model.initial import InitialWeights, build_on_meta
 from engine.model.packed import install
 from engine.model.trainable import choose_trainable, decayed, describe
@@ -70,12 +72,13 @@ class HiggsEngine:
         self.whisper, whisper_line = whisper_source.resolve(settings.whisper_conditioning, files)
         if self.whisper and settings.freeze_audio_encoder_proj and not self.whisper.has_projection:
             raise ConfigError("Whisper:", ["freeze_audio_encoder_proj: the projection is new → it has to be trained"])
-        weights = InitialWeights(files, settings.seed, self.whisper)
+        weights = InitialWeights(files, settings.seed, self.whisper, open_adapter(settings.lora_adapter_path))
         model = choose_trainable(core, settings, self.whisper and self.whisper.build_on_meta())
         weights.check(model)
         install(core, self.attention, settings.gradient_checkpointing)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.summary = describe(model, settings) + ([whisper_line] if whisper_line else [])
+        self._shapes = shapes
         blueprint = Blueprint(model, core, weights, decayed(model), shapes)
         self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)
 
@@ -118,10 +121,19 @@ class HiggsEngine:
         """Full fp32 gradients between `accumulate` and the step; every process must ask."""
         return self.backend.gradients()
 
-    def save(self, folder: Path) -> None:
-        self.backend.save(folder)
-        if self.whisper and self.world.is_main:
-            self.whisper.describe(folder / whisper_source.FOLDER)
+    def state(self) -> State:
+        """This process's fragments of weights and optimizer, as views of the training's memory."""
+        return self.backend.state()
+
+    def stored_shapes(self) -> dict[str, list[int]]:
+        """Full shape of every weight in `state`, by parameter name."""
+        return {name: list(self._shapes[name]) for name, _ in self.backend.stored()}
 
     def load(self, folder: Path) -> None:
-        self.backend.load(folder)
+        """Takes weights and optimizer from a checkpoint, whatever number of processes of which backend wrote it.
+
+        Raises:
+            CheckpointError: it is of another model, trained something else, or cannot be read.
+        """
+        read_tensors(self.backend.state(), folder)
+        self.backend.restored()

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from transformers.utils import logging as transformers_log
 
 from engine.checkpoint import lifecycle
 from engine.checkpoint.consolidate import MODEL_FILES, consolidate
-from engine.checkpoint.lifecycle import Manifest, write_atomically
+from engine.checkpoint.manifest import Manifest, load_manifest, versions, write_atomically
 from engine.checkpoint.model_folder import copy_side_files
+from engine.checkpoint.saver import Saved, Saver
 from engine.config import Settings, prepare_output_dir
 from engine.data.batches import BatchPlan, Step
 from engine.data.dataset import Dataset, open_data, write_dropped
@@ -37,24 +39,36 @@ def train(settings: Settings) -> None:
     transformers_log.disable_progress_bar()
     world = init_process_group(settings.collective_timeout_minutes)
     try:
-        Run(settings.with_resolved(world.size, world.device.type == "cuda"), world).execute()
+        checkpoint = lifecycle.find(settings.resume, Path(settings.output_dir), world, Progress(world).say)
+        Run(_resolved(settings, world, checkpoint), world, checkpoint).execute()
     except Exception as error:
         raise_together(world, error)
     shutdown(world)
 
 
-class Run:
-    """The parts of a run, made in `__init__` in the order in which they depend on each other."""
+def _resolved(settings: Settings, world: World, checkpoint: Path | None) -> Settings:
+    """The settings for this world; a resumed run keeps the size of its steps unless it is told another."""
+    before = load_manifest(checkpoint).plan["micro_batches_per_step"] if checkpoint else None
+    return settings.with_resolved(world.size, world.device.type == "cuda", resumed_step=before)
 
-    def __init__(self, settings: Settings, world: World):
-        self.settings, self.world = settings, world
+
+class Run:
+    """The parts of a run, made in `__init__` in the order in which they depend on each other.
+
+    Args:
+        settings: resolved.
+        checkpoint: to resume from.
+    """
+
+    def __init__(self, settings: Settings, world: World, checkpoint: Path | None):
+        self.settings, self.world, self.checkpoint = settings, world, checkpoint
         self.output_dir = Path(settings.output_dir)
         self.progress = Progress(world)
         self._prepare_output()
         torch.manual_seed(settings.seed + world.rank)  # dropout differs between processes
 
-        self.checkpoint = lifecycle.find(settings.resume, self.output_dir, self.progress.say)
         self.files = WeightFiles(settings.model_path)
+        self.base = self.files.fingerprint()
         tokenizer = load_tokenizer(settings.model_path)
         _check_tokenizer(self.files, tokenizer)
         self._open_data(tokenizer)
@@ -63,6 +77,10 @@ class Run:
         self.total = self.plan.total_steps
         self.rounds = self.plan.rounds(world.size)
         self.engine = HiggsEngine(settings, world, self.files, self.rounds)
+        self.saver = Saver(
+            self.output_dir, world, limit=settings.save_total_limit, keep_every=settings.keep_every,
+            background=settings.async_save, say=self.progress.say, done=self._saved,
+        )  # fmt: skip
         self._describe()
 
     def _prepare_output(self) -> None:
@@ -146,15 +164,16 @@ class Run:
     # ---------------------------------------------------------------- the loop
 
     def execute(self) -> None:
-        start, tokens_seen = self._resume()
-        self.meter = Meter(self.settings, self.world, self.files.config.num_codebooks, tokens_seen)
+        start = self._resume()
         if self.world.is_main:
             self.settings.to_yaml(self.output_dir / "config.yaml")
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", start)
         batches = self._batches(start)
         self.progress.start(start, self.total)
         for step in self.plan.steps(start):
+            self.saver.poll()
             self._step(step, batches)
+        self.saver.finish()
         self.progress.stop()
         self._finish()
 
@@ -183,11 +202,12 @@ class Run:
             values = self.meter.read()
             self._require_finite(done, values["loss"], values["grad_norm"])
             self._log({"step": done, "epoch": step.epoch, "learning_rate": rate} | values)
+        eval_loss = None
         if self.eval_data is not None and (done % settings.eval_steps == 0 or last):
-            self._evaluate(done)
+            eval_loss = self._evaluate(done)
         if done % settings.save_steps == 0 or last:
             self._require_finite(done, result.grad_norm.item())
-            self._save(done)
+            self._save(done, step.epoch, eval_loss)
 
     def _require_finite(self, done: int, *values: float) -> None:
         """Ends a run whose numbers went wrong before anything of it is saved; all processes see the same values."""
@@ -202,7 +222,8 @@ class Run:
             self.metrics.write(values)
             self.progress.say(format_step(values, self.total))
 
-    def _evaluate(self, done: int) -> None:
+    def _evaluate(self, done: int) -> float:
+        """The loss on the held-out data, the same on all processes."""
         settings, data = self.settings, self.eval_data
         rounds = -(-len(self.eval_rows) // self.world.size)
         mine = Step(0, 0, self.eval_rows).share(self.world.rank, self.world.size, rounds)
@@ -217,10 +238,11 @@ class Run:
         if self.world.is_main:
             self.metrics.write({"step": done} | {f"eval_{name}": value for name, value in values.items()})
             self.progress.say(f"step {done}/{self.total} | eval loss {values['loss']:.4f}")
+        return values["loss"]
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _manifest(self, step: int, tokens_seen: int) -> Manifest:
+    def _manifest(self, step: int, epoch: int = 0, eval_loss: float | None = None) -> Manifest:
         s = self.settings
         plan = {
             "data": self.data.fingerprint,
@@ -230,46 +252,68 @@ class Run:
             "per_device_train_batch_size": s.per_device_train_batch_size,
             "micro_batches_per_step": s.micro_batches_per_step,
         }
-        return Manifest(step, s.backend, self.world.size, s.use_lora, plan, tokens_seen)
+        return Manifest(
+            step=step, epoch=epoch, tokens_seen=self.meter.tokens_seen, backend=s.backend,
+            world_size=self.world.size, use_lora=s.use_lora, base=self.base, plan=plan,
+            settings=asdict(s), versions=versions(), eval_loss=eval_loss, shapes=self.engine.stored_shapes(),
+        )  # fmt: skip
 
-    def _resume(self) -> tuple[int, int]:
-        """Loads the checkpoint found; returns the steps done and tokens seen."""
-        folder = self.checkpoint
-        if folder is None:
-            return 0, 0
-        manifest = lifecycle.read_manifest(folder)
-        lifecycle.require_same_run(manifest, self._manifest(0, 0), folder)
-        if manifest.step > self.total:
+    def _resume(self) -> int:
+        """Loads the checkpoint found; returns the steps done."""
+        folder, found = self.checkpoint, None if self.checkpoint is None else load_manifest(self.checkpoint)
+        self.meter = Meter(
+            self.settings, self.world, self.files.config.num_codebooks, found.tokens_seen if found else 0
+        )
+        if found is None:
+            return 0
+        lifecycle.require_same_run(found, self._manifest(0), folder)
+        if found.step > self.total:
             raise CheckpointError(
-                f"{folder}: step {manifest.step} is beyond the {self.total} steps of this run → raise max_steps or "
+                f"{folder}: step {found.step} is beyond the {self.total} steps of this run → raise max_steps or "
                 "num_train_epochs."
             )
         self.engine.load(folder)
-        lifecycle.restore_random_state(folder, self.world)
-        self.progress.say(f"resumed {folder.name}: step {manifest.step} of {self.total}")
-        return manifest.step, manifest.tokens_seen
+        same_draws = lifecycle.restore_random_state(folder, found, self.world)
+        self.progress.say(
+            f"resumed {folder.name}: step {found.step} of {self.total}, written by {found.world_size} process(es) of "
+            f"{found.backend}"
+        )
+        if not same_draws and self.settings.use_lora and self.settings.lora_dropout:
+            self.progress.say("note: another number of processes draws other dropout; the data are the same")
+        return found.step
 
-    def _save(self, step: int) -> None:
-        folder = lifecycle.save(
-            self.output_dir, self._manifest(step, self.meter.tokens_seen), self.world,
-            write_shards=self.engine.save, write_once=self._write_once, keep=self.settings.save_total_limit,
-        )  # fmt: skip
-        if self.world.is_main:
-            state = {
-                "step": step,
-                "total_steps": self.total,
-                "latest": folder.name,
-                "tokens_seen": self.meter.tokens_seen,
-            }
-            write_atomically(self.output_dir / "trainer_state.json", json.dumps(state, indent=1))
-            self.progress.say(f"saved {folder}")
+    def _save(self, step: int, epoch: int, eval_loss: float | None) -> None:
+        manifest = self._manifest(step, epoch, eval_loss)
+        self.saver.save(manifest, self.engine.state(), self._write_once)
+        if self.settings.async_save:
+            self.progress.say(f"saving step {step} behind the training, which waited {self.saver.waited:.2f} s")
 
-    def _write_once(self, folder: Path) -> None:
+    def _write_once(self, folder: Path, manifest: Manifest) -> None:
+        """What a checkpoint holds beside the state; perhaps in a thread, so nothing here may look at the model."""
         self.settings.to_yaml(folder / "config.yaml")
         (folder / MODEL_FILES).mkdir()
         copy_side_files(self.files, folder / MODEL_FILES)
+        if self.engine.whisper:
+            self.engine.whisper.describe(folder / whisper_source.FOLDER)
         if isinstance(self.engine.backend.model, PeftModel):
             self.engine.backend.model.peft_config["default"].save_pretrained(folder)
+
+    def _saved(self, saved: Saved) -> None:
+        state = {
+            "step": lifecycle.step_of(saved.folder),
+            "total_steps": self.total,
+            "latest": saved.folder.name,
+            "best": lifecycle.pointer(self.output_dir, "best"),
+            "tokens_seen": load_manifest(saved.folder).tokens_seen,
+        }
+        try:
+            write_atomically(self.output_dir / "trainer_state.json", json.dumps(state, indent=1))
+        except OSError as error:
+            self.progress.say(f"note: trainer_state.json could not be written: {error}")
+        gone = f"; removed {', '.join(folder.name for folder in saved.pruned)}" if saved.pruned else ""
+        self.progress.say(f"saved {saved.folder} ({saved.bytes / 2**20:,.1f} MiB in {saved.seconds:.1f} s){gone}")
+        for warning in saved.warnings:
+            self.progress.say(f"note: {warning}")
 
     def _finish(self) -> None:
         """Final weights from the final checkpoint, so that what is handed over is what can be read back."""

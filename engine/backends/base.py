@@ -1,13 +1,13 @@
-"""What the engine asks of a backend: one process's part in forward, backward, step, save and load."""
+"""What the engine asks of a backend: one process's part in forward, backward, step, and in what checkpoints hold."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from engine.backends.tensors import State
 from engine.config import Settings
 from engine.model.initial import InitialWeights
 from engine.model.packed import PackedHiggsAudio
@@ -47,11 +47,13 @@ class Backend(ABC):
 
     Attributes:
         model: the model that `blueprint.model` became.
+        adapters_only: whether `state` leaves out what is not trained.
         precision: one line for the start-up print.
     """
 
     model: nn.Module
     precision: str
+    adapters_only: bool
 
     @abstractmethod
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
@@ -74,9 +76,13 @@ class Backend(ABC):
         """Full fp32 gradient of every trained parameter, after the last backward and before `step`."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes this process's shards of weights and optimizer into an existing folder."""
+    def state(self) -> State:
+        """This process's fragments of weights and optimizer, as views of the training's own memory."""
+
+    def stored(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters whose values belong into a checkpoint."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad or not self.adapters_only)
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, at the same number of processes."""
+    def restored(self) -> None:
+        """To be called when that memory has been filled from a checkpoint."""

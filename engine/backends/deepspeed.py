@@ -3,11 +3,9 @@
 The JSON file of `ds_config` holds the choices of ZeRO; batch, precision and clipping follow from the settings and
 are filled in here, and a file that says otherwise is refused. What DeepSpeed gets wrong by default is set right:
 gradients are summed, not averaged; clipping is written out (its default is 1.0, not off); gradients accumulate and
-travel in fp32; a load that found nothing is an error.
+travel in fp32; checkpoints are the engine's own (tensors.py), not pickles that only the same processes can read.
 """
 
-import contextlib
-import io
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,18 +16,16 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from engine.backends.base import Backend, Blueprint
-from engine.backends.torch_optimizer import clip_, global_norm, make_adamw, set_learning_rate
+from engine.backends.tensors import State
+from engine.backends.torch_optimizer import clip_, global_norm, make_adamw, set_learning_rate, share_step, state_of
+from engine.backends.zero_state import zero_restored, zero_state
 from engine.config import Settings
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import ConfigError
 from engine.model.initial import fill, fill_module, rebuild_buffers
 from engine.model.trainable import optimizer_groups
 from engine.runtime.distributed import World
-
-FOLDER = "deepspeed"
-"""Name of DeepSpeed's folder within a checkpoint."""
 
 
 def complete_config(settings: Settings, rounds: int) -> dict:
@@ -63,6 +59,11 @@ def complete_config(settings: Settings, rounds: int) -> dict:
     ]
     problems += [
         f"{key}: the engine sets it itself → remove it" for key in ("optimizer", "scheduler", "fp16") if key in given
+    ]
+    problems += [
+        f"zero_optimization.{key}.device: nvme cannot be checkpointed → cpu"
+        for key in ("offload_optimizer", "offload_param")
+        if given.get("zero_optimization", {}).get(key, {}).get("device") == "nvme"
     ]
     if settings.bf16 and stage == 0:
         problems.append("stage 0 keeps no fp32 master weights in bf16 → use zero1, or bf16: false")
@@ -135,26 +136,13 @@ class DeepSpeedBackend(Backend):
             if parameter.requires_grad:
                 yield name, safe_get_full_grad(parameter).view(self.shapes[name])
 
-    def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(
-            str(folder), tag=FOLDER, save_latest=False, exclude_frozen_parameters=self.adapters_only
-        )
+    def state(self) -> State:
+        if not self.stage:
+            return state_of(self.stored(), self.optimizer)
+        return zero_state(self.stored(), self.shapes, self.engine.optimizer, self.optimizer)
 
-    def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=FOLDER, load_module_strict=not self.adapters_only)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in {FOLDER}/.")
-
-
-def consolidated(folder: Path) -> dict[str, torch.Tensor]:
-    """fp32 weights of a checkpoint's DeepSpeed folder, from its masters, without the world that wrote it.
-
-    Tensors, or DeepSpeed's stand-ins that put one together from all shards when `.contiguous()` is called.
-    """
-    states = sorted((folder / FOLDER).glob("*optim_states.pt"))
-    if states:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its way through the files
-            return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=FOLDER, lazy_mode=True)
-    # stage 0 writes the weights themselves, whole
-    state = torch.load(folder / FOLDER / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() for name, tensor in state["module"].items()}
+    def restored(self) -> None:
+        if self.stage:
+            zero_restored(self.engine.optimizer, self.optimizer)
+        else:
+            share_step(self.optimizer)

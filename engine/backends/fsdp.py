@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from engine.backends.base import Blueprint
+from engine.backends.tensors import Fragment
 from engine.backends.torch_optimizer import TorchBackend, make_adamw
 from engine.config import Settings
 from engine.model.initial import InitialWeights, rebuild_buffers
@@ -23,7 +24,7 @@ from engine.runtime.distributed import World
 class FSDPBackend(TorchBackend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.model, self.device, self.max_norm = blueprint.model, world.device, settings.max_grad_norm
-        self.processes = world.size
+        self.processes, self.adapters_only = world.size, settings.use_lora
         shards = world.size // settings.fsdp_replicas
         mesh = init_device_mesh(
             world.device.type, (settings.fsdp_replicas, shards), mesh_dim_names=("replica", "shard")
@@ -60,6 +61,13 @@ class FSDPBackend(TorchBackend):
     def local_gradients(self) -> Iterator[torch.Tensor]:
         return (gradient.to_local() for gradient in super().local_gradients())
 
+    def fragment(self, tensor: torch.Tensor) -> Fragment:
+        return Fragment(
+            tensor.detach().to_local().view(-1),
+            _first_row(tensor) * (tensor.numel() // tensor.shape[0]),
+            tensor.numel(),
+        )
+
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, p.grad.full_tensor()) for name, p in self.model.named_parameters() if p.requires_grad)
 
@@ -69,7 +77,12 @@ def _fill_shards(model: nn.Module, weights: InitialWeights) -> None:
     """Each process reads the rows of its own shards."""
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        mesh, local = parameter.device_mesh, parameter.to_local()
-        rows_per_shard = -(-parameter.shape[0] // mesh.size(-1))  # the division of torch.chunk
-        start = min(mesh.get_local_rank(-1) * rows_per_shard, parameter.shape[0])
+        local, start = parameter.to_local(), _first_row(parameter)
         local.copy_(weights.read(name, parameter.shape, start, start + len(local)))
+
+
+def _first_row(sharded: DTensor) -> int:
+    """Where this process's rows begin."""
+    mesh = sharded.device_mesh
+    rows_per_shard = -(-sharded.shape[0] // mesh.size(-1))  # the division of torch.chunk
+    return min(mesh.get_local_rank(-1) * rows_per_shard, sharded.shape[0])

@@ -17,6 +17,7 @@ class PlainBackend(TorchBackend):
 
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.model, self.device, self.max_norm = blueprint.model, world.device, settings.max_grad_norm
+        self.adapters_only = settings.use_lora
         fill(self.model, blueprint.weights, world.device, torch.float32)
         rebuild_buffers(blueprint.core, world.device)
         groups = optimizer_groups(self.model, blueprint.decayed, settings.weight_decay)

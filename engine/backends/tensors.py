@@ -1,17 +1,29 @@
-"""Weights and AdamW's moments as one flat, named set of (possibly sharded) tensors, written by torch's DCP.
+"""One way to store what is trained, whatever shards it: named tensors, flattened, each process writing its part.
 
-`model.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`: plain names, so that a checkpoint can be read
-tensor by tensor, by any number of processes or by none. Adapters' runs hold the trained tensors only.
+    model.<name>      weights: fp32 masters of what is trained, the rest as it is (runs of adapters: the trained only)
+    exp_avg.<name>    AdamW's moments, fp32
+    exp_avg_sq.<name>
+    step              AdamW's counter, one element
+
+FSDP cuts a tensor by rows, ZeRO 1 and 2 cut the concatenation of all, ZeRO 3 cuts each one evenly: seen flat, all are
+ranges of elements. So torch's distributed checkpoint (DCP) stores ranges of one-dimensional tensors, and its
+resharding lets any number of processes of any backend, or a single one without any, read them back.
 """
 
 import contextlib
+import pickle
+import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch.distributed.checkpoint import default_planner, filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from engine.errors import CheckpointError
 
@@ -19,47 +31,188 @@ FOLDER = "tensors"
 """Name of the DCP folder within a checkpoint."""
 
 
-def save_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    writer = dcp.FileSystemWriter(folder / FOLDER, overwrite=False)
+@dataclass(frozen=True)
+class Fragment:
+    """This process's part of a tensor: elements `start` to `start + len(local)` of its `numel`, in row-major order.
+
+    Attributes:
+        local: one-dimensional; where it is a view of the training's own memory, loading writes there.
+    """
+
+    local: torch.Tensor
+    start: int
+    numel: int
+
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> "Fragment":
+        return cls(tensor.detach().view(-1), 0, tensor.numel())
+
+
+State = dict[str, Fragment]
+
+
+def total_bytes(state: State) -> int:
+    """Bytes of the whole state, the parts of the other processes included."""
+    return sum(fragment.numel * fragment.local.element_size() for fragment in state.values())
+
+
+def write_tensors(state: State, folder: Path, group=None) -> None:
+    """Every process writes its fragments; of copies one is written. A failure on any process is raised on all.
+
+    Args:
+        group: processes that write together; None: this one alone.
+
+    Raises:
+        CheckpointError: naming each process that failed, and why.
+    """
     with failures_in_words("writing", folder):
-        dcp.save(_tensors(model, optimizer), storage_writer=writer)
+        dcp.save(
+            {key: fragment.local for key, fragment in state.items()},
+            storage_writer=dcp.FileSystemWriter(folder / FOLDER, overwrite=False),
+            planner=_SaveFragments(state),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
-def load_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    _create_moments(optimizer)
-    with failures_in_words("reading", folder):
-        dcp.load(_tensors(model, optimizer), storage_reader=dcp.FileSystemReader(folder / FOLDER))
+def read_tensors(state: State, folder: Path) -> None:
+    """Fills the fragments from a checkpoint that any number of processes wrote; each process reads for itself.
+
+    Raises:
+        CheckpointError: files that cannot be read, tensors that are missing or have another size; all are named.
+    """
+    reader = Reader(folder)
+    _require_fit(state, reader.metadata, folder)
+    reader.fill(state)
+
+
+def _require_fit(state: State, stored: Metadata, folder: Path) -> None:
+    sizes = {key: entry.size.numel() for key, entry in stored.state_dict_metadata.items()}
+    problems = [f"{key} is not in it" for key in state if key not in sizes]
+    problems += [f"{key} has no place in this run's model" for key in sizes if key not in state]
+    problems += [
+        f"{key} has {sizes[key]:,} elements, this run's has {fragment.numel:,}"
+        for key, fragment in state.items()
+        if key in sizes and sizes[key] != fragment.numel
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{folder}: the checkpoint is of another model, or trained something else → resume with the settings of "
+            "its config.yaml:",
+            problems,
+        )
+
+
+class _SaveFragments(default_planner.DefaultSavePlanner):
+    """Tells DCP that each tensor it is given is a range of a larger one."""
+
+    def __init__(self, state: State):
+        # DCP drops copies, and spreads the writing of what all processes hold
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._placed = state
+
+    def create_local_plan(self) -> SavePlan:
+        items = [_write_item(key, fragment) for key, fragment in self._placed.items() if len(fragment.local)]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn]
+
+
+def _write_item(key: str, fragment: Fragment) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size([fragment.start]), torch.Size([len(fragment.local)]))
+    data = TensorWriteData(
+        chunk, TensorProperties.create_from_tensor(fragment.local), size=torch.Size([fragment.numel])
+    )
+    return WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class _LoadFragments(default_planner.DefaultLoadPlanner):
+    def __init__(self, state: State):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._placed = state
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for key, fragment in self._placed.items():
+            wanted = ChunkStorageMetadata(torch.Size([fragment.start]), torch.Size([len(fragment.local)]))
+            if len(fragment.local):
+                stored = self.metadata.state_dict_metadata[key]
+                items += create_read_items_for_chunk_list(key, stored, [wanted])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn]
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader with its table of contents read once, and as data: it is a pickle, which could run any code.
+
+    Attributes:
+        metadata: what is stored, and where.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder / FOLDER)
+        file = folder / FOLDER / ".metadata"
+        try:
+            with open(file, "rb") as opened:
+                self.metadata: Metadata = _TableOfContents(opened).load()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
+        except Exception as error:  # pickle raises whatever it stumbles over
+            raise CheckpointError(f"{file}: damaged ({error}) → take another checkpoint.") from None
+
+    def fill(self, state: State) -> None:
+        """Reads the fragments, this process's alone."""
+        with failures_in_words("reading", self.path.parent):
+            dcp.load(
+                {key: fragment.local for key, fragment in state.items()},
+                storage_reader=self,
+                planner=_LoadFragments(state),
+                no_dist=True,
+            )
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One whole tensor, one-dimensional, in the stored dtype."""
+        stored = self.metadata.state_dict_metadata[key]
+        flat = torch.empty(stored.size, dtype=stored.properties.dtype)
+        self.fill({key: Fragment.whole(flat)})
+        return flat
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        return self.metadata
+
+
+class _TableOfContents(pickle.Unpickler):
+    """Takes DCP's own records, sizes and dtypes, and nothing else."""
+
+    RECORDS = {
+        record.__name__: record
+        for record in (
+            Metadata, metadata.TensorStorageMetadata, TensorProperties, ChunkStorageMetadata, MetadataIndex,
+            metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, torch.Size,
+            torch.serialization._get_layout, PurePosixPath,
+        )
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        if name == "PosixPath":  # its module has another name from Python 3.13 on
+            return PurePosixPath
+        found = self.RECORDS.get(name) or getattr(torch, name, None)
+        if name in self.RECORDS and found.__module__ == module or module == "torch" and isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 
 @contextlib.contextmanager
 def failures_in_words(doing: str, folder: Path) -> Iterator[None]:
     """DCP gathers what failed on any process into an exception that is no `Exception`, and raises it on all."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP warns of working alone
+            yield
     except CheckpointException as error:
         problems = [f"process {rank}: {failure[0]}" for rank, failure in error.failures.items()]
         raise CheckpointError(f"{folder}: {doing} weights or optimizer state failed:", problems) from None
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """References to the live tensors: saving reads them, loading writes into them."""
-    adapters_only = any(".lora_" in name for name, _ in model.named_parameters())
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or not adapters_only:
-            tensors[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value
-    return tensors
-
-
-def _create_moments(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW makes its state in the first step; loading needs it before."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            on_device = {"device": parameter.device} if group["fused"] else {}
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, **on_device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }

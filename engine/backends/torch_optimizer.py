@@ -1,13 +1,16 @@
 """What the backends share that step torch's own AdamW on (shards of) the parameters, and an exact gradient norm."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from engine.backends.base import Backend
-from engine.backends.tensors import load_tensors, save_tensors
+from engine.backends.tensors import Fragment, State
 from engine.config import Settings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state for each parameter, beside its step."""
 
 
 class TorchBackend(Backend):
@@ -40,11 +43,55 @@ class TorchBackend(Backend):
         self.optimizer.zero_grad()
         return norm
 
-    def save(self, folder: Path) -> None:
-        save_tensors(self.model, self.optimizer, folder)
+    def fragment(self, tensor: torch.Tensor) -> Fragment:
+        """This process's part of a parameter or of a moment of the same layout."""
+        return Fragment.whole(tensor)
 
-    def load(self, folder: Path) -> None:
-        load_tensors(self.model, self.optimizer, folder)
+    def state(self) -> State:
+        return state_of(self.stored(), self.optimizer, self.fragment)
+
+    def restored(self) -> None:
+        share_step(self.optimizer)
+
+
+def state_of(
+    stored: Iterator[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.AdamW,
+    fragment: Callable[[torch.Tensor], Fragment] = Fragment.whole,
+) -> State:
+    """Weights and moments of an optimizer that steps the parameters themselves.
+
+    Args:
+        fragment: this process's part of a parameter, or of a moment, which has the same layout.
+    """
+    state = {}
+    for name, parameter in stored:
+        state[f"model.{name}"] = fragment(parameter)
+        if parameter.requires_grad:
+            moments = moments_of(parameter, optimizer)
+            state |= {f"{key}.{name}": fragment(moments[key]) for key in MOMENTS}
+    return state | {"step": step_counter(optimizer)}
+
+
+def moments_of(parameter: torch.Tensor, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter. AdamW makes it in the first step; loading needs it before."""
+    if not optimizer.state[parameter]:
+        device = parameter.device if optimizer.defaults["fused"] else "cpu"
+        moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device)} | moments
+    return optimizer.state[parameter]
+
+
+def step_counter(optimizer: torch.optim.AdamW) -> Fragment:
+    """AdamW counts for each parameter, but all step together: the first counter stands for all."""
+    return Fragment.whole(next(iter(optimizer.state.values()))["step"])
+
+
+def share_step(optimizer: torch.optim.AdamW) -> None:
+    """Sets all counters to the one that `step_counter` shows."""
+    first, *others = (moments["step"] for moments in optimizer.state.values())
+    for step in others:
+        step.copy_(first)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

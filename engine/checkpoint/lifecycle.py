@@ -1,122 +1,119 @@
 """A checkpoint is complete or absent: reserve a hidden folder, write, verify, rename into place, point, prune.
 
     checkpoint-100/
-      manifest.json         every file with its size; step, backend, number of processes, data and batch plan
+      manifest.json         every file with size and hash; step, settings, data plan, versions
       config.yaml           the resolved settings
       model_files/          config, tokenizer and so on of the model: what an export needs beside the weights
-      adapter_config.json   LoRA runs
+      lora_adapters/        LoRA runs: the adapter as PEFT loads it
       whisper_conditioning/ runs with a Whisper encoder: its configurations
-      tensors/ | deepspeed/ sharded weights and optimizer state
+      tensors/              weights and optimizer state, each process's part
       rng/rank-0.pt …       random state of each process
+    latest, best            names of the newest checkpoint, and of the one with the lowest held-out loss
 
-A killed run leaves at most a hidden `.checkpoint-N.incomplete` or `.removed`, which the next save clears. A folder
-that has the final name was whole when it got it.
+A killed run leaves at most a hidden `.checkpoint-N.incomplete` or `.checkpoint-N.removed`, which the next save
+clears. A folder that has the final name was whole when it got it. Who writes what, and when, is saver.py's part.
 """
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from engine.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    content_problems,
+    load_manifest,
+    raise_damaged,
+    read_manifest,
+    sync,
+    write_atomically,
+)
 from engine.errors import CheckpointError
-from engine.runtime.distributed import World, raise_together
+from engine.runtime.distributed import World
 
-FORMAT = 1
-MANIFEST = "manifest.json"
 NAME = re.compile(r"^checkpoint-(\d+)$")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself. `plan`: what fixes the steps; `files`: relative path -> bytes."""
-
-    step: int
-    backend: str
-    world_size: int
-    use_lora: bool
-    plan: dict
-    tokens_seen: int = 0
-    format: int = FORMAT
-    files: dict[str, int] = field(default_factory=dict)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all there in full.
-
-    Raises:
-        CheckpointError: no manifest, another format, or files that are missing or have another size (all named).
-    """
-    try:
-        raw = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST} there → it is not a complete checkpoint.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}).") from None
-    if raw.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: checkpoint format {raw.get('format')}, this version reads {FORMAT}.")
-    manifest = Manifest(**raw)
-    problems = []
-    for name, size in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size:,} bytes instead of {size:,}")
-    if problems:
-        raise CheckpointError(f"{folder}: the checkpoint is damaged:", problems)
-    return manifest
+SPARE_BYTES = 64 << 20
+"""Room for what lies beside the tensors: tokenizer, configurations, manifest."""
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     found = [p for p in output_dir.iterdir() if NAME.match(p.name)] if output_dir.is_dir() else []
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     return int(NAME.match(folder.name).group(1))
 
 
-def find(resume: str, output_dir: Path, log: Callable[[str], None]) -> Path | None:
-    """The checkpoint to resume from: None for `none`, and for `auto` where there is none yet.
+# ---------------------------------------------------------------- finding one
+
+
+def find(resume: str, output_dir: Path, world: World, log: Callable[[str], None]) -> Path | None:
+    """The checkpoint to resume from; every process calls it and gets the same answer.
+
+    Its files are read in full, each process a part of them, and compared with their hashes.
+
+    Args:
+        resume: `none`; `auto`: the newest complete one of the output folder, if there is any; or a folder.
 
     Raises:
-        CheckpointError: a checkpoint asked for by path is not complete, or is not the last of the output folder.
+        CheckpointError: the one asked for is damaged, or not the last of the output folder; or there are some,
+            but none is complete.
     """
     if resume == "none":
         return None
     if resume != "auto":
-        step = read_manifest(Path(resume)).step
-        if later := [folder.name for folder in checkpoints(output_dir) if _step(folder) > step]:
+        raise_damaged(Path(resume), _problems_of(Path(resume), world))
+        step = load_manifest(Path(resume)).step
+        if later := [folder.name for folder in checkpoints(output_dir) if step_of(folder) > step]:
             raise CheckpointError(
                 f"{output_dir} holds checkpoints after {Path(resume).name} ({', '.join(later)}), which this run would "
                 "replace → resume with auto, or give another --output_dir to branch off."
             )
         return Path(resume)
-    for folder in reversed(checkpoints(output_dir)):
-        try:
-            read_manifest(folder)
+    candidates = checkpoints(output_dir)
+    for folder in reversed(candidates):
+        problems = _problems_of(folder, world)
+        if not problems:
             return folder
-        except CheckpointError as error:
-            log(f"passed over: {error}")
+        log(f"passed over {folder.name}: " + "; ".join(problems))
+    if candidates:
+        raise CheckpointError(
+            f"{output_dir}: none of its {len(candidates)} checkpoint(s) is complete (see above) → move them away to "
+            "start afresh, or restore their files."
+        )
     return None
 
 
+def _problems_of(folder: Path, world: World) -> list[str]:
+    """What all processes together find wrong with a checkpoint."""
+    try:
+        manifest = read_manifest(folder)
+        problems = content_problems(folder, manifest, sorted(manifest.files)[world.rank :: world.size])
+    except CheckpointError as error:
+        problems = error.problems or [error.heading]
+    if world.size > 1:
+        everywhere: list[list[str]] = [[] for _ in range(world.size)]
+        torch.distributed.all_gather_object(everywhere, problems)
+        problems = [problem for found in everywhere for problem in found]
+    return list(dict.fromkeys(problems))
+
+
 def require_same_run(found: Manifest, present: Manifest, folder: Path) -> None:
-    """Raises CheckpointError unless resuming would go on exactly: same data, plan, backend and processes."""
-    pairs = {
-        "backend": (found.backend, present.backend, "resume with that backend"),
-        "processes": (found.world_size, present.world_size, "start as many"),
-        "use_lora": (found.use_lora, present.use_lora, "resume with the same"),
-    }
-    for key, was in found.plan.items():
-        pairs[key] = (was, present.plan.get(key), "resume with the same")
-    problems = [f"{key}: was {was}, is {now} → {remedy}" for key, (was, now, remedy) in pairs.items() if was != now]
+    """Raises CheckpointError unless resuming goes on with the same steps of the same training.
+
+    The number of processes and the backend may differ.
+    """
+    pairs = {"use_lora": (found.use_lora, present.use_lora)}
+    pairs |= {key: (was, present.plan.get(key)) for key, was in found.plan.items()}
+    problems = [f"{key}: was {was}, is {now} → resume with the same" for key, (was, now) in pairs.items() if was != now]
+    if found.use_lora and found.base != present.base:
+        problems.append("model_path: holds other weights than the base of this adapter → give that base")
     if problems:
         raise CheckpointError(
             f"{folder} cannot be resumed by this run (to train on from its weights, `higgs-engine consolidate` it "
@@ -125,93 +122,96 @@ def require_same_run(found: Manifest, present: Manifest, folder: Path) -> None:
         )
 
 
-def save(
-    output_dir: Path,
-    manifest: Manifest,
-    world: World,
-    *,
-    write_shards: Callable[[Path], None],
-    write_once: Callable[[Path], None],
-    keep: int | None,
-) -> Path:
-    """Saves one checkpoint; every process calls it. A failure on any process is raised on all.
+# ---------------------------------------------------------------- writing one (main process)
 
-    Args:
-        write_shards: writes this process's part of model and optimizer into the folder (collective).
-        write_once: writes what belongs to the run as a whole (main process only).
-        keep: how many of the newest checkpoints to keep; None keeps all.
+
+def reserve(output_dir: Path, step: int, needed: int) -> Path:
+    """An empty hidden folder for a checkpoint of `needed` bytes; what killed saves left is cleared away.
+
+    Raises:
+        CheckpointError: the disk has no room for it.
+        OSError: the output folder is gone or cannot be written.
     """
+    for left in [*output_dir.glob(".checkpoint-*.incomplete"), *output_dir.glob(".checkpoint-*.removed")]:
+        shutil.rmtree(left)
+    free = shutil.disk_usage(output_dir).free
+    if free < needed + SPARE_BYTES:
+        raise CheckpointError(
+            f"{output_dir}: a checkpoint needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free → make room, "
+            "or lower save_total_limit."
+        )
+    draft = output_dir / f".checkpoint-{step}.incomplete"
+    draft.mkdir()
+    return draft
+
+
+def publish(draft: Path, manifest: Manifest, output_dir: Path) -> Path:
+    """Writes the manifest of a whole draft, checks the draft against it, gives it its name and moves the pointers."""
+    (draft / MANIFEST).write_text(manifest.to_json())
+    sync(draft / MANIFEST)
+    read_manifest(draft)
+    for folder in {draft, *(p for p in draft.rglob("*") if p.is_dir())}:
+        sync(folder)
     final = output_dir / f"checkpoint-{manifest.step}"
-    draft = output_dir / f".checkpoint-{manifest.step}.incomplete"
-
-    def reserve() -> None:
-        for left in [*output_dir.glob(".checkpoint-*.incomplete"), *output_dir.glob(".checkpoint-*.removed")]:
-            shutil.rmtree(left)
-        (draft / "rng").mkdir(parents=True)
-
-    def publish() -> None:
-        write_once(draft)
-        files = sorted(p for p in draft.rglob("*") if p.is_file())
-        sizes = {str(p.relative_to(draft)): p.stat().st_size for p in files}
-        for file in files:
-            _sync(file)
-        write_atomically(draft / MANIFEST, json.dumps(asdict(manifest) | {"files": sizes}, indent=1))
-        read_manifest(draft)
-        if final.exists():  # damaged, or the run would have resumed from it
-            _remove(final)
-        os.rename(draft, final)
-        _sync(output_dir)
-        write_atomically(output_dir / "latest", final.name)
-        others = [folder for folder in checkpoints(output_dir) if folder != final]
-        for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
-            _remove(old)
-
-    _together(world, reserve if world.is_main else None)
-    _together(world, lambda: (write_shards(draft), torch.save(_random_state(world), draft / "rng" / _rng_file(world))))
-    _together(world, publish if world.is_main else None)
+    if final.exists():  # damaged, or the run would have resumed from it
+        remove(final)
+    os.rename(draft, final)
+    sync(output_dir)
+    write_atomically(output_dir / "latest", final.name)
+    if best := _best(output_dir):
+        write_atomically(output_dir / "best", best.name)
     return final
 
 
-def _together(world: World, action: Callable[[], object] | None) -> None:
-    """Runs an action where there is one; all processes go on, or all fail."""
-    error = None
-    try:
-        if action is not None:
-            action()
-    except OSError as disk:
-        error = CheckpointError(f"Saving failed: {disk} → the last checkpoint is untouched.")
-    except Exception as other:
-        error = other
-    raise_together(world, error)
+def _best(output_dir: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss, the later of equals; None if none was evaluated."""
+    losses = {}
+    for folder in checkpoints(output_dir):
+        try:
+            manifest = load_manifest(folder)
+        except CheckpointError:
+            continue  # a damaged one is nobody's best
+        if manifest.eval_loss is not None:
+            losses[folder] = (manifest.eval_loss, -manifest.step)
+    return min(losses, key=losses.get) if losses else None
 
 
-def _remove(folder: Path) -> None:
+def pointer(output_dir: Path, name: str) -> str | None:
+    """The checkpoint that `latest` or `best` names."""
+    file = output_dir / name
+    return file.read_text().strip() if file.is_file() else None
+
+
+def prune(output_dir: Path, limit: int | None, keep_every: int | None) -> list[Path]:
+    """Removes all but the newest `limit`; never one that a pointer names or whose step `keep_every` divides.
+
+    Call it when a new one was just published: that one, which `latest` names, is complete.
+    """
+    if limit is None:
+        return []
+    kept = {pointer(output_dir, name) for name in ("latest", "best")}
+    free_to_go = [
+        folder
+        for folder in checkpoints(output_dir)
+        if folder.name not in kept and not (keep_every and step_of(folder) % keep_every == 0)
+    ]
+    doomed = free_to_go[: max(0, len(free_to_go) + 1 - limit)]
+    for folder in doomed:
+        remove(folder)
+    return doomed
+
+
+def remove(folder: Path) -> None:
     """Renamed first: a removal that is cut short leaves no half checkpoint under a final name."""
     doomed = folder.with_name(f".{folder.name}.removed")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(text)
-    _sync(draft)
-    os.replace(draft, file)
+# ---------------------------------------------------------------- random state
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _rng_file(world: World) -> str:
-    return f"rank-{world.rank}.pt"
-
-
-def _random_state(world: World) -> dict[str, torch.Tensor]:
+def random_state(world: World) -> dict[str, torch.Tensor]:
     """torch's generators, the only ones that training draws from (dropout); the plan has its own, by seed and epoch."""
     state = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
@@ -219,8 +219,16 @@ def _random_state(world: World) -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_random_state(folder: Path, world: World) -> None:
-    state = torch.load(folder / "rng" / _rng_file(world), weights_only=True)
+def random_state_file(world: World) -> str:
+    return f"rng/rank-{world.rank}.pt"
+
+
+def restore_random_state(folder: Path, manifest: Manifest, world: World) -> bool:
+    """Whether it was restored: only the same number of processes can draw the same numbers again."""
+    if manifest.world_size != world.size:
+        return False
+    state = torch.load(folder / random_state_file(world), weights_only=True)
     torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda":
+    if world.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], world.device)
+    return True

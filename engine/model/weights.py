@@ -5,6 +5,7 @@ names. Slices come from memory-mapped safetensors, so a rank that needs an eight
 The audio tower that an original checkpoint may have is no part of the native model and is kept apart.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from engine.model.keys import WHISPER, native_name
 from engine.model.tensor_files import TensorFiles, read_json, weight_files
 
 DOWNLOAD_HINT = "download the model first (huggingface-cli download … --local-dir DIR) and give that folder"
+STRETCH = 1 << 20
 
 
 class WeightFiles:
@@ -53,8 +55,8 @@ class WeightFiles:
                 f"{self.folder}: model_type is {kind!r} → a Higgs Audio v2 model has higgs_audio_v2 or higgs_audio."
             )
         original = self.format == "original"
-        files = weight_files(self.folder, DOWNLOAD_HINT)
-        self._tensors = TensorFiles(files, native_name if original else lambda key: key)
+        self._files = weight_files(self.folder, DOWNLOAD_HINT)
+        self._tensors = TensorFiles(self._files, native_name if original else lambda key: key)
         shapes = self._tensors.shapes
         self.tower_shapes = {n: shapes[n] for n in shapes if original and n.startswith(WHISPER)}
         self.shapes = {n: shapes[n] for n in shapes if n not in self.tower_shapes}
@@ -62,6 +64,18 @@ class WeightFiles:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (dim 0) of a tensor, in the stored dtype."""
         return self._tensors.read(name, start, stop)
+
+    def fingerprint(self) -> str:
+        """Tells models apart without reading them in full: SHA-256 of the files' sizes and of stretches of each."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            size = file.stat().st_size
+            digest.update(str(size).encode())
+            with open(file, "rb") as opened:
+                for start in sorted({0, size // 3, 2 * size // 3, max(0, size - STRETCH)}):
+                    opened.seek(start)
+                    digest.update(opened.read(STRETCH))
+        return digest.hexdigest()
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compares names and shapes with those of the model to fill.

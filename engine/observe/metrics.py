@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint.lifecycle import write_atomically
+from engine.checkpoint.manifest import write_atomically
 from engine.config import Settings
 from engine.higgs_engine import StepResult, Targets
 from engine.runtime.distributed import World
