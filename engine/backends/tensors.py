@@ -68,7 +68,7 @@ def write_tensors(state: State, folder: Path, group=None) -> None:
     with failures_in_words("writing", folder):
         dcp.save(
             {key: fragment.local for key, fragment in state.items()},
-            storage_writer=dcp.FileSystemWriter(folder / FOLDER, overwrite=False),
+            storage_writer=_Writer(folder / FOLDER, overwrite=False),
             planner=_SaveFragments(state),
             process_group=group,
             no_dist=group is None,
@@ -101,6 +101,21 @@ def _require_fit(state: State, stored: Metadata, folder: Path) -> None:
             "its config.yaml:",
             problems,
         )
+
+
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, whose failures name what the disk said instead of where in torch it was noticed."""
+
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise OSError(cause.errno, f"{cause.strerror} in the middle of a file") from error
 
 
 class _SaveFragments(default_planner.DefaultSavePlanner):

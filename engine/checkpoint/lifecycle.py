@@ -35,6 +35,7 @@ from engine.checkpoint.manifest import (
 from engine.errors import CheckpointError
 from engine.runtime.distributed import World
 
+MODEL_FILES = "model_files"
 NAME = re.compile(r"^checkpoint-(\d+)$")
 SPARE_BYTES = 64 << 20
 """Room for what lies beside the tensors: tokenizer, configurations, manifest."""

@@ -19,6 +19,8 @@ from engine.errors import CheckpointError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+SEAL = "sha256"
+"""Under this name a manifest keeps the hash of all else that it says."""
 CHUNK = 1 << 22
 
 
@@ -61,7 +63,17 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, default=str)
+        """Sealed with a hash of itself, for nothing else tells whether the manifest is what was written."""
+        content = asdict(self)
+        return _text(content | {SEAL: _seal(content)})
+
+
+def _text(content: dict) -> str:
+    return json.dumps(content, indent=1, default=str)
+
+
+def _seal(content: dict) -> str:
+    return hashlib.sha256(_text(content).encode()).hexdigest()
 
 
 def parse_manifest(text: str, source: Path) -> Manifest:
@@ -75,6 +87,10 @@ def parse_manifest(text: str, source: Path) -> Manifest:
         newer = isinstance(found, int) and found > FORMAT
         remedy = "update the engine" if newer else "take a checkpoint of this version, or the version that wrote it"
         raise CheckpointError(f"{source.parent}: checkpoint format {found}, this version reads {FORMAT} → {remedy}.")
+    if raw.pop(SEAL, None) != _seal(raw):
+        raise CheckpointError(
+            f"{source}: changed since it was saved (its SHA-256 is another) → take another checkpoint."
+        )
     known = {entry.name for entry in fields(Manifest)}
     problems = [f"{name} is unknown" for name in raw.keys() - known]
     problems += [f"{name} is missing" for name in known - raw.keys()]

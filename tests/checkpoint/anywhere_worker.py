@@ -1,0 +1,48 @@
+"""One rank of runs that write checkpoints, and of runs that go on from checkpoints of other backends and worlds.
+
+anywhere_worker.py MODEL FOLDER JOB...
+
+JOB `CASE`: trains STEPS steps, saves to FOLDER/CASE@WORLD after FIRST of them, and leaves all its losses beside.
+JOB `CASE<WRITTEN`: goes on as CASE from the checkpoint in FOLDER/WRITTEN, and leaves the losses of the rest.
+Cases are those of tests/backends/parity_worker.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.runtime.distributed import exit_cleanly, init_process_group, shutdown
+from tests.checkpoint.small_run import SmallRun
+
+STEPS, FIRST = 6, 3
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, folder, *jobs = sys.argv[1:]
+    world = init_process_group(timeout_minutes=1)
+    for job in jobs:
+        case, _, source = job.partition("<")
+        name = f"{case}@{world.size}" + (f"<{source}" if source else "")
+        out = Path(folder) / name
+        if world.is_main:
+            out.mkdir()
+        torch.distributed.barrier()
+        run = SmallRun(case, Path(model), out, world)
+        start = run.load(Path(folder) / source / f"checkpoint-{FIRST}") if source else 0
+        losses = {}
+        for number in range(start, STEPS):
+            losses[number] = run.step(number)
+            if number + 1 == FIRST:
+                run.save(FIRST)
+        run.close()
+        if world.is_main:
+            (out / "losses.json").write_text(json.dumps(losses))
+    shutdown(world)
+    exit_cleanly(0)
+
+
+if __name__ == "__main__":
+    main()
