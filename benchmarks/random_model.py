@@ -61,7 +61,8 @@ def main() -> None:
                 return torch.ones(shapes[name])
             return torch.empty(shapes[name], dtype=DTYPES[args.dtype]).normal_(std=0.02, generator=generator)
 
-        write_model_folder(args.out, Path(side), shapes, read, DTYPES[args.dtype])
+        # drawn in order, a tensor read again would be another: there are no logits to compare with
+        write_model_folder(args.out, Path(side), shapes, read, DTYPES[args.dtype], logits=False)
     print(f"{total:,} parameters in {args.out}")
 
 

@@ -23,7 +23,7 @@ from engine.config_sources import LIMITS, Reading, Schema, setting
 from engine.data.formats import FORMAT_NAMES
 from engine.data.layouts import LAYOUTS, TASK_TYPES
 from engine.errors import ConfigError
-from engine.model.adapter_folder import adapter_folder
+from engine.model.adapter_folder import adapter_folder, differences
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -261,9 +261,13 @@ class Settings:
         if self.whisper_conditioning not in ("off", "auto") and not os.path.isdir(self.whisper_conditioning):
             yield (f"whisper_conditioning: {self.whisper_conditioning} is not a folder → off, auto, or the folder of a "
                    "Whisper model")
-        if self.lora_adapter_path and not adapter_folder(self.lora_adapter_path):
-            yield (f"lora_adapter_path: {self.lora_adapter_path} holds no adapter → give a folder with "
-                   "adapter_config.json and adapter_model.safetensors, or a LoRA checkpoint")
+        if self.lora_adapter_path:
+            adapter = adapter_folder(self.lora_adapter_path)
+            if adapter is None:
+                yield (f"lora_adapter_path: {self.lora_adapter_path} holds no adapter → give a folder with "
+                       "adapter_config.json and adapter_model.safetensors, or a LoRA checkpoint")
+            elif self.use_lora:
+                yield from differences(adapter, self)
         if self.resume not in ("none", "auto") and not os.path.isdir(self.resume):
             yield f"resume: {self.resume} is not a folder → give a checkpoint's folder, auto or none"
         if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):

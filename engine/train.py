@@ -12,10 +12,13 @@ from peft import PeftModel
 from transformers.utils import logging as transformers_log
 
 from engine.checkpoint import lifecycle
-from engine.checkpoint.consolidate import MODEL_FILES, consolidate
+from engine.checkpoint.adapters import write_adapter
+from engine.checkpoint.consolidate import consolidate
+from engine.checkpoint.lifecycle import MODEL_FILES
 from engine.checkpoint.manifest import Manifest, load_manifest, versions, write_atomically
 from engine.checkpoint.model_folder import copy_side_files
 from engine.checkpoint.saver import Saved, Saver
+from engine.checkpoint.stored import StoredWeights
 from engine.config import Settings, prepare_output_dir
 from engine.data.batches import BatchPlan, Step
 from engine.data.dataset import Dataset, open_data, write_dropped
@@ -32,6 +35,8 @@ from engine.observe.metrics import Meter, MetricsFile, losses
 from engine.observe.progress import Progress, format_step
 from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
 from engine.schedule import learning_rate
+
+ADAPTERS = "lora_adapters"
 
 
 def train(settings: Settings) -> None:
@@ -297,6 +302,8 @@ class Run:
             self.engine.whisper.describe(folder / whisper_source.FOLDER)
         if isinstance(self.engine.backend.model, PeftModel):
             self.engine.backend.model.peft_config["default"].save_pretrained(folder)
+            stored = StoredWeights(folder, manifest)  # what has just been written, so it is known to be readable
+            self.adapter = write_adapter(stored, folder / ADAPTERS, folder / "adapter_config.json", self.settings)
 
     def _saved(self, saved: Saved) -> None:
         state = {
@@ -310,14 +317,16 @@ class Run:
             write_atomically(self.output_dir / "trainer_state.json", json.dumps(state, indent=1))
         except OSError as error:
             self.progress.say(f"note: trainer_state.json could not be written: {error}")
+        adapter = f"; {ADAPTERS}: {self.adapter}" if self.settings.use_lora else ""
         gone = f"; removed {', '.join(folder.name for folder in saved.pruned)}" if saved.pruned else ""
-        self.progress.say(f"saved {saved.folder} ({saved.bytes / 2**20:,.1f} MiB in {saved.seconds:.1f} s){gone}")
+        size = f"{saved.bytes / 2**20:,.1f} MiB in {saved.seconds:.1f} s"
+        self.progress.say(f"saved {saved.folder} ({size}){adapter}{gone}")
         for warning in saved.warnings:
             self.progress.say(f"note: {warning}")
 
     def _finish(self) -> None:
         """Final weights from the final checkpoint, so that what is handed over is what can be read back."""
-        out = self.output_dir / ("lora_adapters" if self.settings.use_lora else "model")
+        out = self.output_dir / (ADAPTERS if self.settings.use_lora else "model")
         error = None
         try:
             if self.world.is_main:

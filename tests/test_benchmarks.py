@@ -82,6 +82,29 @@ def test_random_model(demo, tmp_path):
     assert files.read("audio_lm_head.weight").std() > 0.01
 
 
+def test_checkpoint_save(tmp_path):
+    arguments = "save --geometry tiny --repeats 1 --processes 1 --backends fsdp".split()
+    out = tmp_path / "result.json"
+    printed = benchmark("benchmarks.checkpoint", *arguments, "--folder", str(tmp_path), "--out", str(out))
+    results = {name: result["median"] for name, result in json.loads(out.read_text())["results"].items()}
+    assert 0 < results["fsdp_async_stall"] < results["fsdp_async_total"]
+    assert 0 < results["fsdp_sync_total"] <= results["fsdp_sync_stall"] * 1.01, "training waits for all of it"
+    ratio = 100 * results["fsdp_async_stall"] / results["fsdp_sync_stall"]
+    assert abs(results["fsdp_ratio"] - ratio) < 0.01 * ratio
+    assert results["fsdp_bytes"] > 12e6 * 17, "weights and two moments of 17 M parameters"
+    assert "| fsdp, async: training waits | " in printed
+    assert list(tmp_path.iterdir()) == [out], "nothing of it stays"
+
+
+def test_checkpoint_consolidate(tmp_path):
+    arguments = "consolidate --geometry tiny --repeats 1 --processes 2".split()
+    out = tmp_path / "result.json"
+    benchmark("benchmarks.checkpoint", *arguments, "--folder", str(tmp_path), "--out", str(out))
+    report = json.loads(out.read_text())
+    assert report["check"]["passed"] and report["results"]["peak"]["met"]
+    assert report["results"]["tensors"]["median"] == 19 and report["results"]["seconds"]["median"] > 0
+
+
 def test_published_results_say_where_they_come_from():
     files = list((ROOT / "benchmarks" / "results").glob("*.json"))
     assert files

@@ -1,12 +1,14 @@
-"""What the loop does when numbers go wrong."""
+"""What the loop does when it is resumed, and when numbers go wrong."""
 
 import json
 import shutil
 
 import pytest
 
+from engine import train
 from engine.cli import main
 from tests.checkpoint.test_resume import command
+from tests.commands import done
 from tests.processes import run
 
 
@@ -36,3 +38,27 @@ def test_a_diverged_run_stops_and_saves_nothing_of_it(demo, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < len(lines) < 6
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == len(lines), "a step that diverged was saved"
+
+
+def test_a_resumed_run_reads_no_data_of_the_steps_done(demo, tmp_path, monkeypatch):
+    """Its first packed rows are those of its first step: nothing is replayed to get there."""
+    run = {
+        "model_path": demo.model_path, "audio_tokenizer_path": demo.audio_tokenizer_path, "output_dir": tmp_path,
+        "train_data_file": demo.data_file, "codes_cache_dir": demo.data_file.parent / "codes", "backend": "none",
+        "max_tokens_per_micro_batch": 900, "gradient_accumulation_steps": 2, "save_steps": 2, "warmup_steps": 1,
+        "logging_steps": 1, "dataloader_num_workers": 0,
+    }  # fmt: skip
+    asked: list[list[tuple[int, ...]]] = []
+    real = train.packed_batches
+
+    def recorded(data, micro_batches, **options):
+        asked.append(list(micro_batches))
+        return real(data, asked[-1], **options)
+
+    monkeypatch.setattr(train, "packed_batches", recorded)
+    done("train", "--drop_long_samples", **run, max_steps=4)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    said = done("train", "--drop_long_samples", **run, max_steps=4, resume="auto")
+    assert "resumed checkpoint-2: step 2 of 4" in said
+    straight, resumed = asked
+    assert len(straight) == 8 and resumed == straight[4:]

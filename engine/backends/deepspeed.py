@@ -94,6 +94,8 @@ class DeepSpeedBackend(Backend):
             model=blueprint.model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
         self.model = self.engine.module
+        if settings.bf16:
+            self._fill_masters(blueprint)
         compute = "bf16 compute, fp32 master weights and reduction" if settings.bf16 else "fp32"
         self.precision = f"{compute}; ZeRO stage {self.stage} over {world.size} process(es)"
 
@@ -110,6 +112,20 @@ class DeepSpeedBackend(Backend):
                     fill_module(module, prefixes[module], blueprint.weights, self.world.device, self.dtype)
             deepspeed.zero.Init(module=unit, config_dict_or_path=self.config, dtype=self.dtype)
         rebuild_buffers(blueprint.core, self.world.device)
+
+    def _fill_masters(self, blueprint: Blueprint) -> None:
+        """DeepSpeed makes the fp32 masters of weights already rounded; they start as exact as the files are."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for key, fragment in self.state().items():
+            kind, _, name = key.partition(".")
+            if kind != "model" or name not in trained or not len(fragment.local):
+                continue
+            shape, stop = self.shapes[name], fragment.start + len(fragment.local)
+            row = shape[1:].numel()
+            first = fragment.start // row
+            rows = blueprint.weights.read(name, shape, first, -(-stop // row)).reshape(-1)
+            fragment.local.copy_(rows[fragment.start - first * row : stop - first * row])
+        self.restored()
 
     def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return self.engine(*inputs)

@@ -1,4 +1,4 @@
-"""From a sharded checkpoint of either backend to weights that load everywhere, without the world that wrote it.
+"""From a checkpoint to weights that load everywhere: no GPU, no processes, a tensor in memory at a time.
 
 A full run's checkpoint becomes a model folder, a LoRA run's an adapter folder (merge it with `higgs-engine merge`).
 Either gets the run's Whisper conditioning, if it had one, as a folder of its own. What a LoRA run did not train of it
@@ -6,102 +6,83 @@ is not in its checkpoints and is read, as its base is, from where the run had it
 """
 
 import shutil
-import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 
-from engine.backends.tensors import FOLDER as TENSORS
-from engine.backends.tensors import failures_in_words
-from engine.checkpoint.lifecycle import Manifest, read_manifest
-from engine.checkpoint.model_folder import DTYPES, publish, reserve, write_model_folder
+from engine.checkpoint.adapters import write_adapter
+from engine.checkpoint.export import write_native
+from engine.checkpoint.manifest import Manifest, read_manifest
+from engine.checkpoint.model_folder import DTYPES, drafted
+from engine.checkpoint.model_source import checkpoint_source, write_conditioning
+from engine.checkpoint.shards import MAX_SHARD_SIZE, parse_size
+from engine.checkpoint.stored import StoredWeights
 from engine.config import Settings
 from engine.errors import CheckpointError
 from engine.model import whisper_source
-from engine.model.keys import WHISPER, adapter_name, base_name
+from engine.model.keys import WHISPER, base_name
 from engine.model.weights import WeightFiles
 
-MODEL_FILES = "model_files"
-"""Folder within a checkpoint: config, tokenizer and so on."""
 
-
-class CheckpointWeights:
-    """The fp32 weights of a checkpoint by parameter name, read one at a time where the backend's files allow it."""
-
-    def __init__(self, folder: Path, manifest: Manifest):
-        if manifest.backend == "deepspeed":
-            from engine.backends.deepspeed import consolidated
-
-            weights = consolidated(folder)
-            self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-            self.read: Callable[[str], torch.Tensor] = lambda name: weights[name].contiguous()
-        else:
-            self._folder = folder / TENSORS
-            self._metadata = dcp.FileSystemReader(self._folder).read_metadata().state_dict_metadata
-            names = [key.removeprefix("model.") for key in self._metadata if key.startswith("model.")]
-            self.shapes = {name: tuple(self._metadata[f"model.{name}"].size) for name in names}
-            self.read = self._read
-
-    def _read(self, name: str) -> torch.Tensor:
-        stored = self._metadata[f"model.{name}"]
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with (
-            failures_in_words("reading", self._folder),
-            warnings.catch_warnings(),
-        ):  # DCP warns that it loads alone, which is the point
-            warnings.simplefilter("ignore")
-            dcp.load({f"model.{name}": tensor}, storage_reader=dcp.FileSystemReader(self._folder), no_dist=True)
-        return tensor
-
-
-def consolidate(checkpoint: Path, out: Path, dtype: str = "auto") -> str:
-    """Writes the weights of a checkpoint; replaces what stands at `out`.
+def consolidate(
+    checkpoint: Path,
+    out: Path,
+    dtype: str | None = "auto",
+    max_shard_size: str = MAX_SHARD_SIZE,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Writes the weights of a checkpoint and verifies them; replaces what stands at `out`.
 
     Args:
-        dtype: float32, bfloat16, float16, or auto: float32 for adapters, which are small and merged in fp32; for
-            models bfloat16 if the run computed in it, else float32.
+        dtype: float32, bfloat16 or float16; auto: what the run computed in; None: bfloat16. For adapters, which are
+            small and merged in fp32, both mean float32. The fp32 masters are rounded to it once, to nearest.
+        max_shard_size: of a file of a model, as 5GB.
+        say: is told what is written and what was verified.
 
     Returns:
         What was written: "model" or "adapter".
 
     Raises:
-        CheckpointError: the checkpoint is not complete.
+        CheckpointError: the checkpoint is not complete, or what was written is not what it holds.
+        ConfigError: `max_shard_size` is no size.
         ModelError: the Whisper encoder of a LoRA run is no longer where the run had it.
     """
+    max_bytes = parse_size(max_shard_size)
     manifest = read_manifest(checkpoint)
+    if not manifest.use_lora:
+        write_native(checkpoint_source(checkpoint), out, dtype, max_bytes, say)
+        return "model"
     settings = Settings.from_yaml(checkpoint / "config.yaml")
-    weights = CheckpointWeights(checkpoint, manifest)
-    if dtype == "auto":
-        dtype = "bfloat16" if settings.bf16 and not manifest.use_lora else "float32"
-    add_whisper = partial(_write_whisper, checkpoint, weights, settings, DTYPES[dtype])
-    if manifest.use_lora:
-        _write_adapter(checkpoint, weights, out, settings, DTYPES[dtype], add_whisper)
-        return "adapter"
-    shapes = {name: shape for name, shape in weights.shapes.items() if not name.startswith(WHISPER)}
-    write_model_folder(out, checkpoint / MODEL_FILES, shapes, weights.read, DTYPES[dtype], add_whisper)
-    return "model"
+    _write_adapter(checkpoint, manifest, settings, out, DTYPES.get(dtype, torch.float32), say)
+    return "adapter"
+
+
+def _write_adapter(
+    checkpoint: Path, manifest: Manifest, settings: Settings, out: Path, dtype: torch.dtype, say: Callable[[str], None]
+) -> None:
+    weights = StoredWeights(checkpoint, manifest)
+    with drafted(out) as draft:
+        summary = write_adapter(weights, draft, checkpoint / "adapter_config.json", settings, dtype)
+        if (checkpoint / whisper_source.FOLDER).is_dir():
+            _write_whisper(checkpoint, weights, settings, dtype, draft)
+    say(f"verified: {summary}")
 
 
 def _write_whisper(
-    checkpoint: Path, weights: CheckpointWeights, settings: Settings, dtype: torch.dtype, draft: Path
+    checkpoint: Path, weights: StoredWeights, settings: Settings, dtype: torch.dtype, draft: Path
 ) -> None:
-    """Puts the run's Whisper conditioning, if any, into a folder: what was saved in `dtype`, the rest as it was."""
-    described = checkpoint / whisper_source.FOLDER
-    if not described.is_dir():
-        return
-    saved = {base_name(n): n for n in weights.shapes if base_name(n).startswith(WHISPER)}
-    elsewhere = _untrained_whisper(settings) if settings.use_lora else None
-    names = list(elsewhere.shapes | dict.fromkeys(saved) if elsewhere else saved)
+    """The conditioning beside an adapter: what was trained of it in `dtype`, the rest as it was."""
+    trained = {base_name(name): name for name in weights.shapes if base_name(name).startswith(WHISPER)}
+    elsewhere = _untrained_whisper(settings)
+    shapes = elsewhere.shapes | {name: weights.shapes[stored] for name, stored in trained.items()}
+    dtypes = {name: dtype if name in trained else elsewhere.read(name, 0, 0).dtype for name in shapes}
 
     def read(name: str) -> torch.Tensor:
-        return weights.read(saved[name]).to(dtype) if name in saved else elsewhere.read(name)
+        return weights.read(trained[name]) if name in trained else elsewhere.read(name)
 
-    shutil.copytree(described, draft / whisper_source.FOLDER)
-    whisper_source.write_weights(draft / whisper_source.FOLDER, names, read)
+    shutil.copytree(checkpoint / whisper_source.FOLDER, draft / whisper_source.FOLDER)
+    write_conditioning(draft / whisper_source.FOLDER, shapes, read, dtypes)
 
 
 def _untrained_whisper(settings: Settings) -> whisper_source.WhisperSource:
@@ -110,30 +91,3 @@ def _untrained_whisper(settings: Settings) -> whisper_source.WhisperSource:
     if source is None:
         raise CheckpointError(f"{base}: the run had its Whisper encoder from there ({why}) → put it back there.")
     return source
-
-
-def _write_adapter(
-    checkpoint: Path,
-    weights: CheckpointWeights,
-    out: Path,
-    settings: Settings,
-    dtype: torch.dtype,
-    add: Callable[[Path], None],
-) -> None:
-    """PEFT's own format."""
-    draft = reserve(out)
-    names = [name for name in weights.shapes if not base_name(name).startswith(WHISPER)]
-    tensors = {adapter_name(name): weights.read(name).to(dtype).contiguous() for name in names}
-    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
-    if empty or not tensors:
-        raise CheckpointError(f"{checkpoint}: the checkpoint holds no adapter weights:", empty)
-    save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(checkpoint / "adapter_config.json", draft / "adapter_config.json")
-    shutil.copymode(draft / "adapter_config.json", draft / "adapter_model.safetensors")
-    (draft / "README.md").write_text(
-        f"# LoRA adapter for Higgs Audio v2\n\nBase model: `{settings.model_path}`. Rank {settings.lora_rank}, alpha "
-        f"{settings.lora_alpha:g}, targets {', '.join(settings.lora_target_modules)}.\n\n"
-        "Merge: `higgs-engine merge --base_model_path BASE --lora_adapter_path THIS --output_path MERGED`\n"
-    )
-    add(draft)
-    publish(draft, out)

@@ -1,133 +1,141 @@
 """Merges LoRA adapters into their base: in fp32, rounded once, written as a model folder that transformers loads.
 
-A tensor at a time, so that the 5.8 B model needs the memory of one shard (5 GB), not its 23 GB in fp32. The Whisper
-conditioning that an adapter carries goes along as it is.
+A tensor at a time, so that the 5.8 B model needs no more memory than its largest weight. The result is compared with
+base and adapter side by side before it gets its name. The Whisper conditioning that an adapter carries goes along as
+it is.
 """
 
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
-import torch
-from peft import PeftConfig, load_peft_weights
-from peft.tuners.lora import LoraLayer
-from torch import nn
-
+from engine import __version__
 from engine.checkpoint.consolidate import consolidate
-from engine.checkpoint.lifecycle import MANIFEST, read_manifest
+from engine.checkpoint.manifest import MANIFEST, read_manifest
+from engine.checkpoint.merge_check import Changes, compare, verify
+from engine.checkpoint.merged import MergedWeights
+from engine.checkpoint.model_card import BASE_CARD, CARD, NATIVE_USE
 from engine.checkpoint.model_folder import DTYPES, copy_side_files, require_free, write_model_folder
+from engine.checkpoint.shards import MAX_SHARD_SIZE, parse_size
 from engine.errors import ModelError
-from engine.model.initial import build_on_meta
-from engine.model.keys import adapter_name, base_name
-from engine.model.trainable import add_adapters
-from engine.model.weights import WeightFiles
+from engine.model.adapter_files import AdapterFiles, open_adapter
+from engine.model.adapter_folder import SUBFOLDER
+from engine.model.lora import variant
+from engine.model.streamed import ProbeBatch, probe_batch
+from engine.model.weights import WeightFiles, load_tokenizer
 from engine.model.whisper_source import FOLDER as WHISPER_FOLDER
 
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
-def merge(base_model_path: Path, lora_adapter_path: Path, output_path: Path, dtype: str = "auto") -> None:
+
+def merge(
+    base_model_path: Path | None,
+    lora_adapter_path: Path,
+    output_path: Path,
+    dtype: str = "auto",
+    *,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    compare_text: str | None = None,
+    save_tokenizer: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
     """Writes base + adapter.
 
     Args:
-        base_model_path: model folder in either format.
-        lora_adapter_path: adapter folder, or a checkpoint of a LoRA run.
+        base_model_path: model folder in either format; None: the one that the adapter names.
+        lora_adapter_path: adapter folder, a checkpoint of a LoRA run, or a LoRA run's output folder.
         dtype: of the result; auto: that of the base model.
+        max_shard_size: of a file of the result, as 5GB.
+        compare_text: compare base and result on this text as well.
+        say: is told what was compared.
 
     Raises:
         ModelError: the adapter is none, does not fit the base, or changes nothing.
-        ConfigError: `output_path` holds something already.
+        ConfigError: `output_path` holds something already, or `max_shard_size` is no size.
+        CheckpointError: what was written does not compute what base and adapter compute.
     """
     require_free(output_path)
-    files = WeightFiles(base_model_path)
+    max_bytes = parse_size(max_shard_size)
     with tempfile.TemporaryDirectory() as scratch:
-        adapter = Path(lora_adapter_path)
-        if (adapter / MANIFEST).is_file():
-            if not read_manifest(adapter).use_lora:
-                raise ModelError(
-                    f"{adapter}: the checkpoint of a full run has no adapter → use `higgs-engine consolidate`."
-                )
-            consolidate(adapter, Path(scratch) / "adapter")
-            adapter = Path(scratch) / "adapter"
-        merged = _Merged(files, adapter)
+        adapter = _open(Path(lora_adapter_path), Path(scratch))
+        files = WeightFiles(_base(base_model_path, adapter))
+        merged = MergedWeights(files, adapter)
+        written_as = files.read("model.norm.weight").dtype if dtype == "auto" else DTYPES[dtype]
+        changes = Changes(merged, written_as)
         side_files = Path(scratch) / "side"
         side_files.mkdir()
         copy_side_files(files, side_files)
+        tokenizer = load_tokenizer(files.folder) if compare_text is not None else None
+        if not save_tokenizer:
+            for file in (file for pattern in TOKENIZER_FILES for file in side_files.glob(pattern)):
+                file.unlink()
         info = {
-            "base_model": str(base_model_path),
-            "lora_adapter": str(lora_adapter_path),
+            "base_model": str(files.folder.absolute()),
+            "lora_adapter": str(Path(lora_adapter_path).absolute()),
             "merged_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "model_type": "higgs_audio_v2",
+            "dtype": str(written_as).removeprefix("torch."),
+            "engine_version": __version__,
         }
-        kind = files.read("model.norm.weight").dtype if dtype == "auto" else DTYPES[dtype]
-
-        def add(draft: Path) -> None:
-            (draft / "merge_info.json").write_text(json.dumps(info, indent=1))
-            if (adapter / WHISPER_FOLDER).is_dir():
-                shutil.copytree(adapter / WHISPER_FOLDER, draft / WHISPER_FOLDER)
-
-        write_model_folder(output_path, side_files, merged.shapes, merged.read, kind, add)
+        batch = probe_batch(files.config, compare_text, tokenizer)
+        add = partial(_complete, merged, changes, batch, compare_text, info, say)
+        # compared here with base + adapter, which is more than with itself read twice
+        write_model_folder(output_path, side_files, merged.shapes, changes.read, written_as, add,
+                           max_shard_bytes=max_bytes, logits=False, say=say)  # fmt: skip
 
 
-class _Merged:
-    """The merged weights, one at a time: base + delta in fp32. PEFT makes the deltas; the base stays on disk.
+def _complete(
+    merged: MergedWeights, changes: Changes, batch: ProbeBatch, compare_text: str | None, info: dict,
+    say: Callable[[str], None], draft: Path,
+) -> None:  # fmt: skip
+    """Compares the weights in a draft, and puts into it what belongs beside them."""
+    changes.require_some()
+    say(changes.line())
+    verified = verify(merged, WeightFiles(draft), changes.dtype, batch)
+    say(verified.line())
+    info = info | {"changed_tensors": changes.count, "verified": verified.numbers()}
+    if compare_text is not None:
+        comparison = compare(merged, WeightFiles(draft), batch)
+        for line in [*comparison.lines(compare_text), *changes.table()]:
+            say(line)
+        info["compared"] = {"text": compare_text} | comparison.numbers()
+    if (draft / CARD).is_file():
+        (draft / CARD).rename(draft / BASE_CARD)
+    (draft / CARD).write_text(_card(merged, info), encoding="utf-8")
+    (draft / "merge_info.json").write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+    if (merged.adapter.folder / WHISPER_FOLDER).is_dir():
+        shutil.copytree(merged.adapter.folder / WHISPER_FOLDER, draft / WHISPER_FOLDER)
 
-    Attributes:
-        shapes: name -> shape of every weight of the model.
-    """
 
-    def __init__(self, files: WeightFiles, adapter: Path):
-        self.files, self.adapter = files, adapter
-        model = build_on_meta(files.config)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        files.check(self.shapes)
-        wrapped = self._wrap(model)
-        self._fill(wrapped)
-        self.layers = {f"{base_name(n)}.weight": m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-        whole = [(n, p.detach()) for n, p in wrapped.named_parameters() if ".modules_to_save." in n]
-        self.replaced = {base_name(name): parameter for name, parameter in whole}
-        if not self.replaced and not any(m.lora_B["default"].weight.any() for m in self.layers.values()):
-            raise ModelError(
-                f"{adapter}: the adapter changes nothing (all its B matrices are zero) → it was never trained."
-            )
+def _card(merged: MergedWeights, info: dict) -> str:
+    kind = variant(merged.adapter.config)
+    return (
+        "---\nlicense: other\nlibrary_name: transformers\npipeline_tag: text-to-speech\n---\n\n"
+        f"# Higgs Audio v2 with a {kind} adapter merged into it\n\nBase: `{info['base_model']}`, adapter: "
+        f"`{info['lora_adapter']}`, merged by Higgs Engine {__version__} in fp32 and rounded to {info['dtype']} once; "
+        f"`merge_info.json` holds what was verified.\n\n## Use\n\n{NATIVE_USE}\n\n## Licence\n\nThat of the base "
+        "model, whose licence files, if it had any, are copied here.\n"
+    )
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        """The meta model with empty adapters, as adapter_config.json describes them."""
-        if not (self.adapter / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{self.adapter}: no adapter_config.json there → give the folder of an adapter or a LoRA checkpoint."
-            )
-        config = PeftConfig.from_pretrained(self.adapter)
-        if getattr(config, "use_dora", True):
-            raise ModelError(
-                f"{self.adapter}: {config.peft_type} with DoRA or no LoRA at all → only LoRA can be merged."
-            )
-        model.name_or_path = config.base_model_name_or_path or ""  # or PEFT warns that it was another
-        return add_adapters(model, config)
 
-    def _fill(self, wrapped: nn.Module) -> None:
-        """Puts the adapter's tensors into their places, every one of them."""
-        tensors = load_peft_weights(str(self.adapter), device="cpu")
-        problems = []
-        for name, parameter in list(wrapped.named_parameters()):
-            if ".lora_" not in name and ".modules_to_save." not in name:
-                continue
-            value = tensors.pop(adapter_name(name), None)
-            if value is None or value.shape != parameter.shape:
-                found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
-                problems.append(f"{adapter_name(name)} {found}, the base needs {tuple(parameter.shape)}")
-            else:
-                module, _, last = name.rpartition(".")
-                setattr(wrapped.get_submodule(module), last, nn.Parameter(value))
-        problems += [f"{name} has no place in the base" for name in tensors]
-        if problems:
-            raise ModelError(f"{self.adapter}: the adapter does not fit {self.files.folder}:", problems)
+def _open(path: Path, scratch: Path) -> AdapterFiles:
+    """The adapter meant; of a checkpoint it is made anew from its shards, with what it has of Whisper."""
+    if path.name == SUBFOLDER and not (path / WHISPER_FOLDER).is_dir() and (path.parent / WHISPER_FOLDER).is_dir():
+        path = path.parent  # the checkpoint, for the adapter alone lacks its Whisper conditioning
+    if not (path / MANIFEST).is_file():
+        return open_adapter(path)
+    if not read_manifest(path).use_lora:
+        raise ModelError(f"{path}: the checkpoint of a full run has no adapter → use `higgs-engine consolidate`.")
+    consolidate(path, scratch / "adapter", say=lambda line: None)
+    return AdapterFiles(scratch / "adapter")
 
-    @torch.no_grad()
-    def read(self, name: str) -> torch.Tensor:
-        if name in self.replaced:
-            return self.replaced[name]
-        weight = self.files.read(name).float()
-        if name in self.layers:
-            weight += self.layers[name].get_delta_weight("default").float()
-        return weight
+
+def _base(given: Path | None, adapter: AdapterFiles) -> Path:
+    named = adapter.config.base_model_name_or_path
+    if given is None and not (named and Path(named).is_dir()):
+        raise ModelError(f"{adapter.folder}: its base {named!r} is not a folder here → give --base_model_path.")
+    return Path(given or named)

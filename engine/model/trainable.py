@@ -1,16 +1,16 @@
 """What is trained: every weight, a chosen part, or LoRA adapters. Decided by name, printed, never a silent nothing."""
 
 import fnmatch
-import warnings
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from engine.config import Settings
 from engine.errors import ConfigError
+from engine.model.lora import add_adapters, add_lora, describe_adapters
 from engine.model.whisper import WhisperConditioning
 
-HEADS = ("text_lm_head", "audio_lm_head")
+__all__ = ["add_adapters", "choose_trainable", "decayed", "describe", "optimizer_groups"]
+
 FROZEN_BY_FREEZE_LLM = ("model.layers.", "model.norm.", "model.embed_tokens.")
 """As the original's freeze_llm(): the body and the text embeddings; audio embeddings and both heads are trained."""
 
@@ -23,9 +23,10 @@ def choose_trainable(model: nn.Module, settings: Settings, whisper: WhisperCondi
             with adapters and without. It comes after them, for their targets are names of its layers too.
 
     Raises:
-        ConfigError: a pattern or target that matches nothing, or that cannot be trained.
+        ConfigError: a pattern or target that matches nothing, or that cannot be trained; an adapter to go on from
+            that is another than the settings describe.
     """
-    wrapped = _add_lora(model, settings) if settings.use_lora else model
+    wrapped = add_lora(model, settings) if settings.use_lora else model
     if whisper is not None:
         model.whisper = whisper
     if not settings.use_lora:
@@ -56,48 +57,8 @@ def _glob(pattern: str) -> str:
     return pattern if any(c in pattern for c in "*?[") else f"*{pattern}.*"
 
 
-def _add_lora(model: nn.Module, settings: Settings) -> PeftModel:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    modules = [name for name, _ in model.named_modules()]
-    problems = []
-    for target in settings.lora_target_modules:
-        matched = [name for name in linears if _is_target(name, target)]
-        if not matched:
-            problems.append(f"lora_target_modules: {target!r} matches no linear layer → e.g. q_proj, audio_mlp.up_proj")
-        elif heads := [name for name in matched if name in HEADS]:
-            problems.append(f"lora_target_modules: {heads[0]} is trained whole → put it into lora_modules_to_save")
-    for name in settings.lora_modules_to_save:
-        if not any(_is_target(module, name) for module in modules):
-            problems.append(
-                f"lora_modules_to_save: {name!r} matches no module → e.g. audio_lm_head, embed_audio_tokens"
-            )
-    if problems:
-        raise ConfigError("LoRA:", problems)
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_target_modules),
-        modules_to_save=list(settings.lora_modules_to_save) or None,
-    )
-    model.name_or_path = settings.model_path  # PEFT writes it into adapter_config.json
-    return add_adapters(model, config)
-
-
-def add_adapters(model: nn.Module, config: PeftConfig) -> PeftModel:
-    """The model in PEFT's wrapper, its new adapters on the meta device like the model, to be filled later."""
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by an attribute of an older name
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-
-
-def _is_target(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
-
-
 def describe(model: nn.Module, settings: Settings) -> list[str]:
-    """Lines that say which modules are trained and how many parameters they have."""
+    """Lines that say which modules are trained, in which way, and how many parameters they have."""
     groups: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         entry = groups.setdefault(_group(name), [0, 0])
@@ -106,7 +67,11 @@ def describe(model: nn.Module, settings: Settings) -> list[str]:
     trained, total = (sum(entry[i] for entry in groups.values()) for i in (0, 1))
     kind = "LoRA" if settings.use_lora else "full"
     lines = [f"{kind}: {trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"]
-    lines += [f"  {group:<40} {count:>15,}" for group, (count, _) in groups.items() if count]
+    lines += describe_adapters(model)
+    if settings.lora_adapter_path:
+        lines.append(f"  going on from {settings.lora_adapter_path}")
+    width = max(len(group) for group in groups)
+    lines += [f"  {group:<{width}} {count:>15,}" for group, (count, _) in groups.items() if count]
     has_whisper = any(isinstance(module, WhisperConditioning) for module in model.modules())
     if settings.freeze_audio_encoder_proj and not has_whisper:
         lines.append("  freeze_audio_encoder_proj: this model has no such module, nothing to freeze")

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from engine.data.mels import CHUNK_FRAMES, HOP, SAMPLING_RATE
 from engine.errors import ModelError
 from engine.model.keys import WHISPER
+from engine.model.safetensors_writer import Spec, write_safetensors
 from engine.model.tensor_files import TensorFiles, read_json, weight_files
 from engine.model.weights import WeightFiles
 from engine.model.whisper import WhisperConditioning
@@ -196,14 +196,15 @@ def _name_in_folder(stored: str) -> str | None:
     return None if name.startswith(("decoder.", "proj_out.")) else f"{WHISPER}encoder.{name}"
 
 
-def write_weights(folder: Path, names: list[str], read: Callable[[str], torch.Tensor]) -> None:
+def write_weights(folder: Path, specs: dict[str, Spec], read: Callable[[str], torch.Tensor]) -> tuple[Path, dict]:
     """Writes the tensors beside the configurations that `folder` holds.
 
     Args:
-        names: of all tensors, `whisper.…`.
-        read: gives one, in the dtype to be kept.
+        specs: `whisper.…` -> shape and dtype to be kept, of all tensors.
+        read: gives one.
+
+    Returns:
+        The file, and name in it -> checksum of what was written.
     """
-    tensors = {_bare(name): read(name).contiguous() for name in names}
-    file = folder / "model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod((folder / "config.json").stat().st_mode)  # safetensors shuts out everybody but the owner
+    file, stored = folder / "model.safetensors", {_bare(name): spec for name, spec in specs.items()}
+    return file, write_safetensors(file, stored, lambda name: read(WHISPER + name))

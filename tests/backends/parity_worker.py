@@ -1,10 +1,11 @@
 """One rank of the backend comparison: the same ten steps through each backend named, results of rank 0 to a file.
 
-    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3_offload, with -lora, -bf16 or -hybrid,
-                                            -whisper, and -tower for a trained encoder
+    parity_worker.py MODEL OUT CASE...      CASE: none, fsdp, zero0 … zero3_offload, with -lora (with it -dora,
+                                            and -on from an adapter), -bf16 or -hybrid, -whisper, and -tower for a
+                                            trained encoder
 
 The micro-batches of a step are chosen to be awkward: one has text only, one has audio only, and one alone is heard
-through Whisper, so that of two processes one never is. The Whisper model lies beside MODEL.
+through Whisper, so that of two processes one never is. The Whisper model and the adapter lie beside MODEL.
 """
 
 import gc
@@ -55,6 +56,8 @@ def settings_for(case: str, model: str, world_size: int) -> Settings:
         use_lora=lora,
         lora_rank=4,
         lora_dropout=0.0,
+        use_dora="dora" in variants,
+        lora_adapter_path=str(Path(model).parent / "adapter") if "on" in variants else None,
         lora_modules_to_save=["audio_lm_head"] if lora else [],
     )
     return settings.with_resolved(world_size, has_gpu=False)
@@ -65,6 +68,7 @@ def run(case: str, model: str, world) -> dict[str, np.ndarray]:
     engine = HiggsEngine(settings_for(case, model, world.size), world, files, rounds=MICRO_BATCHES // world.size)
     buffers = {name.split(".")[-1]: b.dtype for name, b in engine.backend.model.named_buffers()}
     assert buffers["inv_freq"] == torch.float32 and buffers["audio_tokens_offsets"] == torch.int64, buffers
+    require_exact_masters(engine, files)
     results: dict[str, list] = {"losses": [], "grad_norms": []}
     for step in range(STEPS):
         samples = micro_batches(step, "-whisper" in case)
@@ -83,6 +87,15 @@ def run(case: str, model: str, world) -> dict[str, np.ndarray]:
     if hasattr(engine.backend, "engine"):
         engine.backend.engine.destroy()
     return {name: np.array(value) for name, value in results.items()}
+
+
+def require_exact_masters(engine: HiggsEngine, files: WeightFiles) -> None:
+    """What is trained starts as it is in the (fp32) files, also where the forward computes in bf16."""
+    for key, fragment in engine.backend.state().items():
+        name = key.removeprefix("model.")
+        if name != key and name in files.shapes:
+            wanted = files.read(name).reshape(-1)[fragment.start : fragment.start + len(fragment.local)]
+            assert torch.equal(fragment.local, wanted), f"{name} starts rounded"
 
 
 def main() -> None:

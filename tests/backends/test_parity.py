@@ -7,6 +7,7 @@ process beside an audio-only one on the other, which makes naive trainers hang.
 import numpy as np
 import pytest
 
+from tests.checkpoint.small_adapters import save_adapter
 from tests.processes import run
 from tests.tiny import tiny_model
 
@@ -14,6 +15,9 @@ CASES = ["fsdp", "zero0", "zero1", "zero2", "zero3"]
 MORE_CASES = ["fsdp-hybrid", "zero2_offload", "zero3_offload"]
 BF16_CASES = ["fsdp-bf16", "zero1-bf16", "zero2-bf16", "zero3-bf16"]
 LORA_CASES = ["none-lora", "fsdp-lora", "zero2-lora", "zero3-lora"]
+DORA_CASES = ["fsdp-lora-dora-on", "zero2-lora-dora-on", "zero3-lora-dora-on"]
+"""With an adapter to go on from, so that B is not zero and the magnitudes are not those of the base."""
+DORA_BF16_CASES = ["fsdp-lora-dora-on-bf16", "zero2-lora-dora-on-bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +25,11 @@ def results(tmp_path_factory):
     """(case, world size) -> arrays of that run."""
     folder = tmp_path_factory.mktemp("parity")
     tiny_model().save_pretrained(folder / "model")
+    whole = {"modules_to_save": ["audio_lm_head"]}
+    save_adapter(folder / "adapter", tiny_model(), lora_alpha=32, use_dora=True, by=0.02, **whole)
     worker = ["-m", "tests.backends.parity_worker", str(folder / "model"), str(folder)]
-    run([*worker, "none", *CASES, *LORA_CASES], world_size=1)
-    run([*worker, *CASES, *MORE_CASES, *BF16_CASES, *LORA_CASES[1:]], world_size=2)
+    run([*worker, "none", *CASES, *LORA_CASES, "none-lora-dora-on"], world_size=1)
+    run([*worker, *CASES, *MORE_CASES, *BF16_CASES, *LORA_CASES[1:], *DORA_CASES, *DORA_BF16_CASES], world_size=2)
 
     def load(case: str, world_size: int) -> dict[str, np.ndarray]:
         return dict(np.load(folder / f"{case}-world{world_size}.npz"))
@@ -49,6 +55,18 @@ def assert_same_run(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -
         error = np.abs(got[name] - wanted[name]).max() if " 0 " in name else np.linalg.norm(got[name] - wanted[name])
         scale = np.abs(wanted[name]).max() if " 0 " in name else np.linalg.norm(wanted[name])
         assert error <= 1e-5 * max(scale, 1e-9), name
+
+
+@pytest.mark.parametrize("case", DORA_CASES)
+def test_dora_from_an_adapter_equals_plain_torch(case, results):
+    assert_same_run(results(case, 2), results("none-lora-dora-on", 1))
+
+
+@pytest.mark.parametrize("case", DORA_BF16_CASES)
+def test_dora_in_bf16_follows_fp32(case, results):
+    wanted, got = results("none-lora-dora-on", 1), results(case, 2)
+    np.testing.assert_allclose(got["losses"], wanted["losses"], rtol=2e-2)
+    np.testing.assert_allclose(got["grad_norms"], wanted["grad_norms"], rtol=5e-2)
 
 
 @pytest.mark.parametrize("case", BF16_CASES)

@@ -45,7 +45,7 @@ def saves(folder: Path) -> int:
         shutil.rmtree(out, ignore_errors=True)
         for step in (1, 2):
             write(out, step, keep=2)
-        killed = forked(lambda: (trap.arm(moment), write(out, 3, keep=2)))
+        killed = forked(lambda at=moment: (trap.arm(at), write(out, 3, keep=2)))
         complete = checkpoints(out)
         for checkpoint in complete:
             assert not content_problems(checkpoint, read_manifest(checkpoint)), f"moment {moment}: {checkpoint}"
@@ -72,7 +72,7 @@ def consolidations(folder: Path, checkpoint: Path) -> int:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         shutil.copytree(folder / "wanted", out)
-        killed = forked(lambda: (trap.arm(moment), consolidate(checkpoint, out)))
+        killed = forked(lambda at=moment: (trap.arm(at), consolidate(checkpoint, out)))
         if out.exists():
             assert sorted(p.name for p in out.iterdir()) == wanted, f"moment {moment}: half a model"
             files = WeightFiles(out)

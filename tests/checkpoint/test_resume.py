@@ -10,9 +10,9 @@ import pytest
 from tests.processes import run, start
 
 CASES = {
-    "zero2": ["--ds_config", "zero2"],
+    "zero2": ["--ds_config", "zero2", "--async_save"],
     "zero3-lora": ["--ds_config", "zero3", "--use_lora"],
-    "fsdp": ["--backend", "fsdp"],
+    "fsdp": ["--backend", "fsdp", "--async_save"],
     "fsdp-lora": ["--backend", "fsdp", "--use_lora", "--lora_modules_to_save", "audio_lm_head"],
 }
 STEPS = 6
@@ -60,6 +60,21 @@ def test_resume_is_bit_identical(case, demo, tmp_path):
     assert sorted(wanted) == [1, 2, 3, 4, 5, 6] and sorted(got) == [4, 5, 6]
     for step in got:
         assert got[step] == wanted[step], f"step {step} differs after the resume"
+
+
+def test_the_same_command_goes_on_with_another_number_of_processes(demo, tmp_path):
+    """The steps stay those of the checkpoint, although accumulation times processes would now give smaller ones."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(command(demo, straight, "--backend", "fsdp", "--save_total_limit", "1", "--keep_every", "3"), world_size=2)
+    assert sorted(p.name for p in straight.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    resumed.mkdir()
+    shutil.copytree(straight / "checkpoint-3", resumed / "checkpoint-3")
+    _, outputs = run(command(demo, resumed, "--ds_config", "zero1", "--resume", "auto"), world_size=1)
+    assert "resumed checkpoint-3: step 3 of 6, written by 2 process(es) of fsdp" in outputs[0]
+    wanted, got = trajectory(straight), trajectory(resumed)
+    assert sorted(got) == [4, 5, 6]
+    for step in got:
+        assert got[step] == pytest.approx(wanted[step], rel=1e-5)
 
 
 def test_config_yaml_alone_repeats_the_run(demo, tmp_path):

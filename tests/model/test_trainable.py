@@ -1,10 +1,11 @@
 """What is trained is what was asked for, and asking for nothing that exists is an error."""
 
 import pytest
+import torch
 
 from engine.config import Settings
 from engine.errors import ConfigError
-from engine.model.initial import build_on_meta
+from engine.model.initial import build_on_meta, rebuild_buffers
 from engine.model.trainable import choose_trainable, decayed, describe
 from tests.tiny import tiny_model
 
@@ -55,6 +56,16 @@ def test_asking_to_freeze_a_projection_that_is_not_there_is_answered():
 def test_mistakes_are_named(settings, message):
     with pytest.raises(ConfigError, match=message):
         chosen(**settings)
+
+
+def test_an_embedding_saved_whole_is_one_copy_that_runs_and_is_trained():
+    """Of two modules with the same name, one in the other, PEFT would copy both and train the copy that never runs."""
+    model = chosen(use_lora=True, lora_modules_to_save=["embed_audio_tokens"])
+    whole = {name for name in trained(model) if ".lora_" not in name}
+    assert whole == {"base_model.model.model.embed_audio_tokens.embed_audio_tokens.modules_to_save.default.weight"}
+    assert all("original_module" in n for n in dict(model.named_parameters()) if "embed_audio" in n and n not in whole)
+    rebuild_buffers(model.get_base_model(), torch.device("cpu"))
+    assert not model.get_base_model().model.embed_audio_tokens.audio_tokens_offsets.is_meta
 
 
 def test_lora_adapts_attention_and_both_ffns_by_default():

@@ -12,6 +12,7 @@ from engine.data.mels import MelExtractor
 from engine.errors import ModelError
 from engine.model import whisper_source
 from engine.model.initial import InitialWeights, build_on_meta
+from engine.model.safetensors_writer import Spec
 from engine.model.weights import WeightFiles
 from engine.model.whisper_source import resolve
 from tests.model.test_weights import edit_config, edit_weights
@@ -146,8 +147,9 @@ def test_a_projection_to_another_width_is_refused(golden_model, tmp_path):
     kept = tmp_path / "kept"
     source.describe(kept)
     wide = {"whisper.projection.weight": torch.zeros(48, 32), "whisper.projection.bias": torch.zeros(48)}
-    names = [*source.shapes, *wide]
-    whisper_source.write_weights(kept, names, lambda name: wide[name] if name in wide else source.read(name))
+    shapes = source.shapes | {name: tuple(tensor.shape) for name, tensor in wide.items()}
+    specs = {name: Spec(shape, torch.float32) for name, shape in shapes.items()}
+    whisper_source.write_weights(kept, specs, lambda name: wide[name] if name in wide else source.read(name))
     assert whisper_source.of_folder(kept, 48).has_projection
     with pytest.raises(ModelError, match=r"projection.weight has shape \(48, 32\), \(64, 32\) is needed"):
         resolve(str(kept), WeightFiles(golden_model))
