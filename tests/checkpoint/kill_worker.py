@@ -72,7 +72,7 @@ def consolidations(folder: Path, checkpoint: Path) -> int:
         shutil.rmtree(out.parent, ignore_errors=True)
         out.parent.mkdir()
         shutil.copytree(folder / "wanted", out)
-        killed = forked(lambda at=moment: (trap.arm(at), consolidate(checkpoint, out)))
+        killed = forked(lambda at=moment: (trap.arm(at), consolidate(checkpoint, out, say=silent)))
         if out.exists():
             assert sorted(p.name for p in out.iterdir()) == wanted, f"moment {moment}: half a model"
             files = WeightFiles(out)
@@ -85,7 +85,7 @@ def consolidations(folder: Path, checkpoint: Path) -> int:
 
 
 def consolidated(checkpoint: Path, out: Path) -> Path:
-    consolidate(checkpoint, out)
+    consolidate(checkpoint, out, say=silent)
     return out
 
 

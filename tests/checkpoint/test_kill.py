@@ -1,7 +1,10 @@
 """kill -9 at any moment of a save, of a pruning, of a consolidation, and of two processes of each backend at work."""
 
 import pytest
+import torch
 
+from engine.runtime.distributed import World
+from tests.checkpoint.small_run import SmallRun
 from tests.processes import run
 from tests.tiny import tiny_model
 
@@ -21,6 +24,13 @@ def moments(*arguments: str) -> int:
 
 def test_every_moment_of_a_save_and_of_its_pruning(tmp_path):
     assert moments("tests.checkpoint.kill_worker", "save", str(tmp_path)) >= 30
+
+
+def test_every_moment_of_a_consolidation(model, tmp_path):
+    small = SmallRun("none", model, tmp_path, World(0, 0, 1, torch.device("cpu")))
+    small.step(0)
+    checkpoint = small.save(1)
+    assert moments("tests.checkpoint.kill_worker", "consolidate", str(tmp_path), str(checkpoint)) >= 20
 
 
 @pytest.mark.parametrize("case", ["fsdp", "zero3-lora"])
