@@ -23,11 +23,11 @@ from benchmarks.packed_forward import make_samples
 from engine.backends.tensors import Fragment, State
 from engine.checkpoint.lifecycle import checkpoints
 from engine.checkpoint.manifest import Manifest, versions
-from engine.checkpoint.model_folder import MAX_SHARD_BYTES, generation_defaults
 from engine.checkpoint.saver import Saver
-from engine.checkpoint.shards import write_shards
 from engine.config import Settings
 from engine.data.packing import pack
+from engine.export.model_folder import MAX_SHARD_BYTES, generation_defaults
+from engine.export.shards import write_shards
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.initial import build_on_meta
 from engine.model.safetensors_writer import Spec

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import HiggsAudioV2Config
 
-from engine.checkpoint.model_folder import DTYPES, generation_defaults, require_free, write_model_folder
+from engine.export.model_folder import DTYPES, generation_defaults, require_free, write_model_folder
 from engine.model.initial import build_on_meta
 from engine.model.weights import load_tokenizer
 

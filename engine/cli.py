@@ -120,10 +120,11 @@ def consolidate(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder to write")
     _how_to_write(parser, "default: bfloat16 for a model, float32 for an adapter; auto: what the run computed in")
     args = parser.parse_args(argv)
-    from engine.checkpoint.consolidate import consolidate as run
-    from engine.checkpoint.model_folder import require_free
+    from engine.export.consolidate import consolidate as run
+    from engine.export.model_folder import require_free
 
     require_free(args.out)
+    _require_intact(args.checkpoint)
     kind = run(args.checkpoint, args.out, args.dtype, args.max_shard_size)
     print(f"{kind} written to {args.out}")
     if kind == "adapter":
@@ -138,10 +139,20 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--format", choices=("native", "boson"), required=True, help="format to write")
     _how_to_write(parser, "default: as stored, of a checkpoint bfloat16; auto: as stored, or what the run computed in")
     args = parser.parse_args(argv)
-    from engine.checkpoint.export import export as run
+    from engine.export.export import export as run
 
+    _require_intact(args.source)
     run(args.source, args.out, args.format, args.dtype, args.max_shard_size)
     print(f"{args.format} model written to {args.out}")
+
+
+def _require_intact(path: Path) -> None:
+    """What is made of a damaged checkpoint would be damaged too, and nobody would know."""
+    from engine.checkpoint.manifest import MANIFEST
+    from engine.checkpoint.verification import require_intact
+
+    if (path / MANIFEST).is_file():
+        require_intact(path)
 
 
 def _how_to_write(parser: argparse.ArgumentParser, dtypes: str) -> None:
@@ -163,8 +174,9 @@ def merge(argv: list[str]) -> None:
     add("--test_input", metavar="TEXT", default=text, help=f"text for that (default: {text!r})")
     add("--no_save_tokenizer", action="store_true", help="leave the tokenizer's files out")
     args = parser.parse_args(argv)
-    from engine.checkpoint.merge import merge as run
+    from engine.export.merge import merge as run
 
+    _require_intact(args.lora_adapter_path)
     run(
         args.base_model_path, args.lora_adapter_path, args.output_path, args.dtype or "auto",
         max_shard_size=args.max_shard_size, compare_text=args.test_input if args.compare_models else None,
@@ -179,7 +191,7 @@ def adapters(argv: list[str]) -> int:
     parser.add_argument("--path", type=Path, default=Path("."), metavar="DIR", help="where to look (default: here)")
     parser.add_argument("--verbose", action="store_true", help="also show each adapter's tensors")
     args = parser.parse_args(argv)
-    from engine.checkpoint.adapter_list import find_adapters, table
+    from engine.export.adapter_list import find_adapters, table
 
     found = find_adapters(args.path)
     print("\n".join(table(found, args.verbose)) if found else f"no adapter below {args.path}")
@@ -219,8 +231,9 @@ def convert_checkpoint(argv: list[str]) -> None:
     parser.add_argument("--base_model_path", type=Path, metavar="FOLDER", help="--to model: the model it began with")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="--to model; auto: the dtype of the base model")
     args = parser.parse_args(argv)
+    _require_intact(args.checkpoint)
     if args.to == "universal":
-        from engine.checkpoint.universal import to_universal
+        from engine.export.universal import to_universal
 
         tag = to_universal(args.checkpoint, args.out)
         print(f"universal checkpoint {tag} written to {args.out}")
@@ -228,7 +241,7 @@ def convert_checkpoint(argv: list[str]) -> None:
         return
     if args.base_model_path is None:
         parser.error("--to model needs --base_model_path: configuration and tokenizer are the base model's")
-    from engine.checkpoint.foreign import to_model
+    from engine.export.foreign import to_model
     from engine.model.weights import WeightFiles
 
     to_model(args.checkpoint, WeightFiles(args.base_model_path), args.out, args.dtype)

@@ -70,7 +70,7 @@ def _train(demo: Demo, folder: Path, out: Path, extra: list[str]) -> None:
 
 
 def _merged(demo: Demo, out: Path) -> Path:
-    from engine.checkpoint.merge import merge
+    from engine.export.merge import merge
 
     merge(demo.model_path, out / "lora_adapters", out / "merged")
     return out / "merged"

@@ -12,11 +12,8 @@ from peft import PeftModel
 from transformers.utils import logging as transformers_log
 
 from engine.checkpoint import lifecycle
-from engine.checkpoint.adapters import write_adapter
-from engine.checkpoint.consolidate import consolidate
 from engine.checkpoint.lifecycle import MODEL_FILES
 from engine.checkpoint.manifest import Manifest, load_manifest, versions, write_atomically
-from engine.checkpoint.model_folder import copy_side_files
 from engine.checkpoint.saver import Saved, Saver
 from engine.checkpoint.stored import StoredWeights
 from engine.config import Settings, prepare_output_dir
@@ -28,6 +25,9 @@ from engine.data.mels import MelExtractor
 from engine.data.packing import PackedBatch
 from engine.data.split import split
 from engine.errors import CheckpointError, ConfigError, EngineError, ModelError
+from engine.export.adapters import write_adapter
+from engine.export.consolidate import consolidate
+from engine.export.model_folder import copy_side_files
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model import whisper_source
 from engine.model.weights import WeightFiles, load_tokenizer

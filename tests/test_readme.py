@@ -10,7 +10,7 @@ from tests.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
 OTHER_FLAGS = {"help", "setting", "config", "recordings", "out", "local-dir", "nproc_per_node", "nnodes"}
-OTHER_FLAGS |= {"report", "show", "to", "no-freeze_audio_tower"}
+OTHER_FLAGS |= {"report", "show", "to", "no-freeze_audio_tower", "tensors", "path", "format", "compare_models"}
 MERGE_FLAGS = {"base_model_path", "lora_adapter_path", "output_path"}
 
 
@@ -38,7 +38,7 @@ def test_flags_are_settings():
     assert len(names) > 15 and names <= set(FIELDS), names - set(FIELDS)
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"higgs-engine ([a-z]+)", README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"higgs-engine\s+([a-z-]+)", README))))
 def test_commands_exist(command):
     assert command in COMMANDS
 

@@ -25,6 +25,8 @@ from engine.checkpoint.manifest import (
     content_problems,
     extra_files,
     load_manifest,
+    raise_damaged,
+    read_manifest,
     size_problems,
 )
 from engine.errors import CheckpointError
@@ -136,11 +138,7 @@ def _judged(
     if not isinstance(manifest, Manifest):
         return Verdict(name, 0, 0, manifest)
     problems = size_problems(folder, manifest)
-    intact = _intact(folder, manifest)
-    with ThreadPoolExecutor(READERS) as pool:
-        changed = dict(
-            zip(intact, pool.map(lambda n: content_problems(folder, manifest, [n], read), intact), strict=True)
-        )
+    changed = _changed(folder, manifest, read)
     problems += [problem for found in changed.values() for problem in found]
     extra = extra_files(folder, manifest)
     problems += [f"{file} is not of this checkpoint, the manifest does not know it" for file in extra]
@@ -152,6 +150,25 @@ def _judged(
         problems += _base_problems(manifest, base, fingerprint)
     size = sum(entry.bytes for entry in manifest.files.values()) + (folder / MANIFEST).stat().st_size
     return Verdict(name, size, len(manifest.files) + 1, problems)
+
+
+def _changed(folder: Path, manifest: Manifest, read: Callable[[int], object]) -> dict[str, list[str]]:
+    """What is wrong with the content of each file that has its full size."""
+    names = _intact(folder, manifest)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(names, pool.map(lambda n: content_problems(folder, manifest, [n], read), names), strict=True))
+
+
+def require_intact(checkpoint: Path) -> None:
+    """Before anything is made of a checkpoint: every file is there and has its hash.
+
+    Raises:
+        CheckpointError: files that have not are named.
+    """
+    manifest = read_manifest(checkpoint)
+    with _bar({checkpoint: manifest}) as bar:
+        changed = _changed(checkpoint, manifest, bar.update)
+    raise_damaged(checkpoint, [problem for found in changed.values() for problem in found])
 
 
 # ---------------------------------------------------------------- the tensors

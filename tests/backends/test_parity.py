@@ -7,7 +7,7 @@ process beside an audio-only one on the other, which makes naive trainers hang.
 import numpy as np
 import pytest
 
-from tests.checkpoint.small_adapters import save_adapter
+from tests.export.small_adapters import save_adapter
 from tests.processes import run
 from tests.tiny import tiny_model
 

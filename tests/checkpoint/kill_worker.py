@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.consolidate import consolidate
 from engine.checkpoint.lifecycle import checkpoints, find, pointer
 from engine.checkpoint.manifest import content_problems, read_manifest
+from engine.export.consolidate import consolidate
 from engine.model.weights import WeightFiles
 from tests.checkpoint.killing import Trap
 from tests.checkpoint.test_lifecycle import WORLD, silent, write

@@ -9,9 +9,9 @@ import torch
 from engine.backends.tensors import Reader
 from engine.checkpoint.lifecycle import MODEL_FILES
 from engine.checkpoint.manifest import Manifest, load_manifest
-from engine.checkpoint.model_folder import copy_side_files
 from engine.checkpoint.saver import Saved, Saver
 from engine.data.packing import empty_sample, pack
+from engine.export.model_folder import copy_side_files
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.weights import WeightFiles
 from engine.runtime.distributed import World

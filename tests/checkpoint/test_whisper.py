@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from engine.checkpoint.consolidate import consolidate
-from engine.checkpoint.merge import merge
 from engine.config import Settings
 from engine.data.labels import Sample
 from engine.data.mels import embeddings
 from engine.data.packing import pack
 from engine.data.prompts import IGNORED
 from engine.errors import ModelError
+from engine.export.consolidate import consolidate
+from engine.export.merge import merge
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.initial import InitialWeights
 from engine.model.weights import WeightFiles

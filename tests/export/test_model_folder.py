@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import model_folder, reopened, shards
-from engine.checkpoint.model_folder import copy_side_files, drafted, publish, write_model_folder
-from engine.checkpoint.shards import parse_size, plan_shards
 from engine.errors import CheckpointError, ConfigError
+from engine.export import model_folder, reopened, shards
+from engine.export.model_folder import copy_side_files, drafted, publish, write_model_folder
+from engine.export.shards import parse_size, plan_shards
 from engine.model.safetensors_writer import Spec
 from engine.model.weights import WeightFiles
 

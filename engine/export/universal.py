@@ -28,8 +28,8 @@ import torch
 from engine.backends.tensors import Reader
 from engine.backends.torch_optimizer import MOMENTS
 from engine.checkpoint.manifest import Manifest, read_manifest, write_atomically
-from engine.checkpoint.model_folder import drafted, require_free
 from engine.errors import CheckpointError
+from engine.export.model_folder import drafted, require_free
 
 LAYOUT_OF = "0.19.8"
 """DeepSpeed release after which this is written; it asks for the version that wrote a checkpoint."""

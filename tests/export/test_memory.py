@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux tells a process its peak memory")
 def test_consolidation_takes_the_memory_of_a_few_tensors(checkpoint, tmp_path):
     """Of 545 MiB in fp32, and 272 rounded, it takes 195: the largest is 64, rounded 32, and as much again computes."""
-    words = ["-m", "tests.checkpoint.memory_worker", str(checkpoint), str(tmp_path / "out")]
+    words = ["-m", "tests.export.memory_worker", str(checkpoint), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     *said, numbers = done.stdout.splitlines()

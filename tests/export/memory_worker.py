@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import engine  # noqa: F401  (installs the torchaudio hook)
-from engine.checkpoint import model_source
-from engine.checkpoint.consolidate import consolidate
+from engine.export import model_source
+from engine.export.consolidate import consolidate
 
 MiB = 2**20
 

@@ -11,12 +11,12 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from engine.checkpoint.lifecycle import MODEL_FILES
 from engine.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from engine.checkpoint.model_card import write_card
-from engine.checkpoint.model_folder import DTYPES, copy_side_files
-from engine.checkpoint.reopened import verify_tensors
 from engine.checkpoint.stored import StoredWeights
 from engine.config import Settings
 from engine.errors import CheckpointError, ModelError
+from engine.export.model_card import write_card
+from engine.export.model_folder import DTYPES, copy_side_files
+from engine.export.reopened import verify_tensors
 from engine.model import whisper_source
 from engine.model.adapter_folder import CONFIG as ADAPTER_CONFIG
 from engine.model.adapter_folder import adapter_folder

@@ -18,8 +18,8 @@ from unittest import mock
 import torch
 
 from engine.checkpoint.manifest import MANIFEST
-from engine.checkpoint.model_folder import DTYPES, copy_side_files, require_free, write_model_folder
 from engine.errors import CheckpointError
+from engine.export.model_folder import DTYPES, copy_side_files, require_free, write_model_folder
 from engine.model.keys import native_name
 from engine.model.weights import WeightFiles
 

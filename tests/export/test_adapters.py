@@ -9,18 +9,18 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.adapters import write_adapter
 from engine.checkpoint.lifecycle import MODEL_FILES
-from engine.checkpoint.merge import merge
-from engine.checkpoint.model_folder import copy_side_files
 from engine.config import Settings, parse
 from engine.data.packing import pack
 from engine.errors import CheckpointError, ConfigError, ModelError
+from engine.export.adapters import write_adapter
+from engine.export.merge import merge
+from engine.export.model_folder import copy_side_files
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.adapter_files import AdapterFiles
 from engine.model.weights import WeightFiles
 from engine.runtime.distributed import World
-from tests.checkpoint.small_adapters import load, logits, save_adapter
+from tests.export.small_adapters import load, logits, save_adapter
 from tests.tiny import AUDIO, random_sample, tiny_model
 
 WHOLE = ["audio_lm_head", "text_lm_head", "embed_tokens", "embed_audio_tokens"]

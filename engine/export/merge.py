@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from engine import __version__
-from engine.checkpoint.consolidate import consolidate
 from engine.checkpoint.manifest import MANIFEST, read_manifest
-from engine.checkpoint.merge_check import Changes, compare, verify
-from engine.checkpoint.merged import MergedWeights
-from engine.checkpoint.model_card import BASE_CARD, CARD, NATIVE_USE
-from engine.checkpoint.model_folder import DTYPES, copy_side_files, require_free, write_model_folder
-from engine.checkpoint.shards import MAX_SHARD_SIZE, parse_size
 from engine.errors import ModelError
+from engine.export.consolidate import consolidate
+from engine.export.merge_check import Changes, compare, verify
+from engine.export.merged import MergedWeights
+from engine.export.model_card import BASE_CARD, CARD, NATIVE_USE
+from engine.export.model_folder import DTYPES, copy_side_files, require_free, write_model_folder
+from engine.export.shards import MAX_SHARD_SIZE, parse_size
 from engine.model.adapter_files import AdapterFiles, open_adapter
 from engine.model.adapter_folder import SUBFOLDER
 from engine.model.lora import variant

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint.adapters import write_adapter
-from engine.checkpoint.export import write_native
 from engine.checkpoint.manifest import Manifest, read_manifest
-from engine.checkpoint.model_folder import DTYPES, drafted
-from engine.checkpoint.model_source import checkpoint_source, write_conditioning
-from engine.checkpoint.shards import MAX_SHARD_SIZE, parse_size
 from engine.checkpoint.stored import StoredWeights
 from engine.config import Settings
 from engine.errors import CheckpointError
+from engine.export.adapters import write_adapter
+from engine.export.export import write_native
+from engine.export.model_folder import DTYPES, drafted
+from engine.export.model_source import checkpoint_source, write_conditioning
+from engine.export.shards import MAX_SHARD_SIZE, parse_size
 from engine.model import whisper_source
 from engine.model.keys import WHISPER, base_name
 from engine.model.weights import WeightFiles

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.adapter_list import HEADINGS, find_adapters
-from tests.checkpoint.small_adapters import load, save_adapter
+from engine.export.adapter_list import HEADINGS, find_adapters
 from tests.commands import command, done
+from tests.export.small_adapters import load, save_adapter
 from tests.tiny import tiny_model
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-from engine.checkpoint.export import export
-from engine.checkpoint.original_format import KEPT_CONFIG
 from engine.errors import ConfigError, ModelError
+from engine.export.export import export
+from engine.export.original_format import KEPT_CONFIG
 from engine.model.initial import build_on_meta
 from engine.model.keys import native_name, original_name
 from engine.model.streamed import ProbeBatch, probe_batch, streamed_logits

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers import HiggsAudioV2Config
 
-from engine.checkpoint.model_folder import Form, require_free, write_model_folder
-from engine.checkpoint.model_source import ModelSource, model_source
-from engine.checkpoint.original_format import KEPT_CONFIG, original_config, to_original
-from engine.checkpoint.shards import MAX_SHARD_SIZE, parse_size
+from engine.export.model_folder import Form, require_free, write_model_folder
+from engine.export.model_source import ModelSource, model_source
+from engine.export.original_format import KEPT_CONFIG, original_config, to_original
+from engine.export.shards import MAX_SHARD_SIZE, parse_size
 from engine.model.keys import original_name
 from engine.model.weights import load_tokenizer
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint.merged import MergedWeights
 from engine.errors import CheckpointError, ModelError
+from engine.export.merged import MergedWeights
 from engine.model.initial import build_on_meta
 from engine.model.streamed import ProbeBatch, streamed_logits
 from engine.model.weights import WeightFiles

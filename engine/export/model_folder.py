@@ -16,10 +16,10 @@ import torch
 from transformers import GenerationConfig, HiggsAudioV2Config
 
 from engine.checkpoint.manifest import sync
-from engine.checkpoint.original_format import KEPT_CONFIG, KEPT_GENERATION
-from engine.checkpoint.reopened import verify_model
-from engine.checkpoint.shards import MAX_SHARD_SIZE, parse_size, write_shards
 from engine.errors import CheckpointError, ConfigError
+from engine.export.original_format import KEPT_CONFIG, KEPT_GENERATION
+from engine.export.reopened import verify_model
+from engine.export.shards import MAX_SHARD_SIZE, parse_size, write_shards
 from engine.model.safetensors_writer import Spec
 from engine.model.weights import WeightFiles
 

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import HiggsAudioV2Config
 
 from engine.checkpoint.lifecycle import MODEL_FILES
-from engine.checkpoint.reopened import verify_tensors
 from engine.checkpoint.stored import StoredWeights
 from engine.config import Settings
 from engine.errors import CheckpointError
+from engine.export.reopened import verify_tensors
 from engine.model.adapter_files import PREFIX, STARTS_AT_ZERO, AdapterFiles, misfits
 from engine.model.adapter_folder import CONFIG, WEIGHTS
 from engine.model.initial import build_on_meta

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import HiggsAudioV2ForConditionalGeneration
 
-from engine.checkpoint.consolidate import consolidate
 from engine.checkpoint.lifecycle import MODEL_FILES
 from engine.checkpoint.manifest import read_manifest
-from engine.checkpoint.merge import merge
-from engine.checkpoint.model_folder import copy_side_files
 from engine.cli import main
 from engine.errors import CheckpointError, ModelError
+from engine.export.consolidate import consolidate
+from engine.export.merge import merge
+from engine.export.model_folder import copy_side_files
 from engine.model.keys import original_name
 from engine.model.weights import WeightFiles
 from tests.checkpoint.anywhere_worker import FIRST
@@ -185,6 +185,18 @@ def test_a_damaged_checkpoint_is_refused(spread, tmp_path):
     with pytest.raises(CheckpointError, match=shard.name):
         consolidate(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_bit_does_not_get_into_the_weights(spread, tmp_path, capsys):
+    copy = shutil.copytree(spread["fsdp"], tmp_path / f"checkpoint-{FIRST}")
+    shard = next((copy / "tensors").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    for words in (["consolidate", str(copy)], ["export", str(copy), "--format", "boson"]):
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert f"{shard.name} has changed since it was saved" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_stands_there_is_not_overwritten_by_the_command(runs, tmp_path, capsys):

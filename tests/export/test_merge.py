@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint.merge import merge
-from engine.checkpoint.merged import MergedWeights
 from engine.errors import CheckpointError, ModelError
+from engine.export.merge import merge
+from engine.export.merged import MergedWeights
 from engine.model.initial import InitialWeights, build_on_meta, fill, rebuild_buffers
 from engine.model.weights import WeightFiles
-from tests.checkpoint.small_adapters import load, logits, save_adapter
 from tests.commands import command, done
+from tests.export.small_adapters import load, logits, save_adapter
 from tests.tiny import tiny_model
 
 VARIANTS = {
