@@ -175,10 +175,14 @@ class Run:
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", start)
         batches = self._batches(start)
         self.progress.start(start, self.total)
-        for step in self.plan.steps(start):
-            self.saver.poll()
-            self._step(step, batches)
-        self.saver.finish()
+        try:
+            for step in self.plan.steps(start):
+                self.saver.poll()
+                self._step(step, batches)
+            self.saver.finish()
+        except BaseException:
+            self.saver.leave()
+            raise
         self.progress.stop()
         self._finish()
 

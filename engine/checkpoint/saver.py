@@ -131,6 +131,16 @@ class Saver:
         if self._failures:
             raise CheckpointError(f"{self.output_dir}: the last checkpoint could not be written (see above).")
 
+    def leave(self) -> None:
+        """On the way out after an error: lets a save that has begun come to its end, whatever the others do."""
+        if self._under_way is None:
+            return
+        outcome, self._under_way = self._under_way.result(), None
+        if isinstance(outcome, Exception):
+            self._say(f"NOT SAVED: {outcome}")
+        elif self.world.is_main:
+            self._done(outcome)
+
     def _settle(self, outcome: "Saved | EngineError") -> None:
         """What a finished save means for the run; all processes have the same outcome."""
         if not isinstance(outcome, Exception):

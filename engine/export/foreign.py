@@ -13,7 +13,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -24,6 +23,7 @@ from engine.model.keys import native_name
 from engine.model.weights import WeightFiles
 
 Read = Callable[[], torch.Tensor]
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 PREFIXES = ("module.", "model.")
 """What trainers' wrappers put before every name."""
 
@@ -136,9 +136,10 @@ def _as_data(source: Path) -> Iterator[None]:
     Raises:
         CheckpointError: a file holds something else than DeepSpeed puts there, or cannot be read.
     """
-    forced = mock.patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
+    was = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"  # also where DeepSpeed's own code asks for the contrary
     try:
-        with forced, torch.serialization.safe_globals(_deepspeed_records()):
+        with torch.serialization.safe_globals(_deepspeed_records()):
             yield
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's words is how to run it all the same
@@ -148,6 +149,11 @@ def _as_data(source: Path) -> Iterator[None]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{source}: not a checkpoint that can be read ({error}) → take another.") from None
+    finally:
+        if was is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = was
 
 
 def _deepspeed_records() -> list:

@@ -3,6 +3,7 @@
 anywhere_worker.py MODEL FOLDER JOB...
 
 JOB `CASE`: trains STEPS steps, saves to FOLDER/CASE@WORLD after FIRST of them, and leaves all its losses beside.
+JOB `CASE!`: saves there what it has been given, untrained.
 JOB `CASE<WRITTEN`: goes on as CASE from the checkpoint in FOLDER/WRITTEN, and leaves the losses of the rest.
 Cases are those of tests/backends/parity_worker.py.
 """
@@ -26,6 +27,7 @@ def main() -> None:
     for job in jobs:
         case, _, source = job.partition("<")
         name = f"{case}@{world.size}" + (f"<{source}" if source else "")
+        case, untrained = case.rstrip("!"), case.endswith("!")
         out = Path(folder) / name
         if world.is_main:
             out.mkdir()
@@ -33,7 +35,9 @@ def main() -> None:
         run = SmallRun(case, Path(model), out, world)
         start = run.load(Path(folder) / source / f"checkpoint-{FIRST}") if source else 0
         losses = {}
-        for number in range(start, STEPS):
+        if untrained:
+            run.save(FIRST)
+        for number in range(start, 0 if untrained else STEPS):
             losses[number] = run.step(number)
             if number + 1 == FIRST:
                 run.save(FIRST)

@@ -4,8 +4,12 @@ import json
 import shutil
 import signal
 import time
+import warnings
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import HiggsAudioV2ForConditionalGeneration
 
 from tests.processes import run, start
 
@@ -60,6 +64,23 @@ def test_resume_is_bit_identical(case, demo, tmp_path):
     assert sorted(wanted) == [1, 2, 3, 4, 5, 6] and sorted(got) == [4, 5, 6]
     for step in got:
         assert got[step] == wanted[step], f"step {step} differs after the resume"
+    if "--use_lora" in CASES[case]:
+        adapters_of_every_save(straight, demo.model_path)
+
+
+def adapters_of_every_save(out, base):
+    """Two processes' shards have become whole adapters, which plain PEFT takes; the last is what the run left."""
+    kept = {}
+    for folder in ("checkpoint-3/lora_adapters", "checkpoint-6/lora_adapters", "lora_adapters"):
+        model = HiggsAudioV2ForConditionalGeneration.from_pretrained(base, use_text_head=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*adapter keys.*")
+            model = PeftModel.from_pretrained(model, out / folder)
+        kept[folder] = {n: p for n, p in model.named_parameters() if ".lora_" in n or ".modules_to_save." in n}
+        assert any(p.any() for n, p in kept[folder].items() if ".lora_B." in n)
+    first, last, left = kept.values()
+    assert all(torch.equal(last[name], left[name]) for name in last)
+    assert not any(torch.equal(first[name], last[name]) for name in last if ".lora_B." in name)
 
 
 def test_the_same_command_goes_on_with_another_number_of_processes(demo, tmp_path):

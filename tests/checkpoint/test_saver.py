@@ -4,6 +4,7 @@ import errno
 import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,15 @@ def test_one_background_save_at_a_time(tmp_path):
         assert run.saved == [f"checkpoint-{n}" for n in range(1, step)]
     run.saver.finish()
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_who_leaves_after_an_error_lets_a_save_come_to_its_end(tmp_path, monkeypatch):
+    run = Run(tmp_path, background=True)
+    real = saver.write_tensors
+    monkeypatch.setattr(saver, "write_tensors", lambda *args: (time.sleep(0.2), real(*args)))
+    run.save(1)
+    run.saver.leave()
+    assert run.saved == ["checkpoint-1"] and names(tmp_path) == ["checkpoint-1"]
 
 
 def test_two_processes_fail_and_go_on_together(tmp_path):

@@ -19,9 +19,11 @@ from engine.model.keys import native_name, original_name
 from engine.model.streamed import ProbeBatch, probe_batch, streamed_logits
 from engine.model.weights import WeightFiles, convert_config
 from engine.model.whisper_source import FOLDER, of_folder, resolve
+from tests.checkpoint.anywhere_worker import FIRST
 from tests.commands import command, done
 from tests.conftest import GOLDEN
 from tests.model.whisper_tiny import save_whisper
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,25 @@ def test_the_original_comes_back_with_its_own_configurations(file, chain, golden
     assert not (chain["boson"] / KEPT_CONFIG).exists()
 
 
-@pytest.mark.parametrize("name", ["native", "boson", "again"])
-def test_the_golden_logits_hold_after_every_step(name, chain):
+@pytest.fixture(scope="module")
+def saved(golden_model, tmp_path_factory):
+    """name -> folder: the golden model saved by two processes, from there as boson, from there as native."""
+    folder = tmp_path_factory.mktemp("saved")
+    run(["-m", "tests.checkpoint.anywhere_worker", str(golden_model), str(folder), "fsdp!", "zero3!"], world_size=2)
+    for backend in ("fsdp", "zero3"):
+        checkpoint, boson = folder / f"{backend}!@2" / f"checkpoint-{FIRST}", folder / f"{backend}-boson"
+        done("export", checkpoint, out=boson, format="boson", dtype="float32")
+        done("export", boson, out=folder / f"{backend}-native", format="native")
+    return {name: folder / name for name in SAVED}
+
+
+SAVED = ["fsdp-boson", "fsdp-native", "zero3-boson", "zero3-native"]
+
+
+@pytest.mark.parametrize("name", ["native", "boson", "again", *SAVED])
+def test_the_golden_logits_hold_after_every_step(name, chain, saved):
     data = np.load(GOLDEN / "logits" / "b0_single.npz")
-    files = WeightFiles(chain[name])
+    files = WeightFiles((chain | saved)[name])
     out = torch.from_numpy(data["audio_out_mask"][0].astype(bool))
     is_audio = torch.from_numpy(data["audio_in_mask"][0].astype(bool)) | out
     real = torch.from_numpy(data["attention_mask"][0].astype(bool))

@@ -33,7 +33,7 @@ def deepspeed(made):
     folder = made / "deepspeed"
     folder.mkdir()
     paths = [str(made / "model" / "model.safetensors"), str(made / "universal"), str(folder)]
-    run([str(ROOT / "tests" / "checkpoint" / "universal_worker.py"), *paths], world_size=2)
+    run([str(ROOT / "tests" / "export" / "universal_worker.py"), *paths], world_size=2)
     return folder
 
 
