@@ -21,7 +21,7 @@ EXTRAS = {
     "flash": ["flash-attn"],  # compiles against the installed torch: pip install --no-build-isolation
     "kernels": ["liger-kernel"],  # fused norms and SwiGLU; so far only tests/gpu tries them
     "parquet": ["pyarrow"],  # data in Parquet files
-    "dev": ["pytest", "hypothesis", "ruff", "pyarrow"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyarrow"],
 }
 
 setup(

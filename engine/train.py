@@ -275,7 +275,8 @@ class Run:
         )
         if found is None:
             return 0
-        lifecycle.require_same_run(found, self._manifest(0), folder)
+        present = self._manifest(0)
+        lifecycle.require_same_run(found, present, folder)
         if found.step > self.total:
             raise CheckpointError(
                 f"{folder}: step {found.step} is beyond the {self.total} steps of this run → raise max_steps or "
@@ -287,6 +288,8 @@ class Run:
             f"resumed {folder.name}: step {found.step} of {self.total}, written by {found.world_size} process(es) of "
             f"{found.backend}"
         )
+        for name, (was, now) in lifecycle.changes(found, present, "Optimisation"):
+            self.progress.say(f"note: {name} was {was}, is {now} from here on")
         if not same_draws and self.settings.use_lora and self.settings.lora_dropout:
             self.progress.say("note: another number of processes draws other dropout; the data are the same")
         return found.step

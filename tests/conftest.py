@@ -8,11 +8,20 @@ import pytest
 import torch
 
 import engine  # noqa: F401  (installs the torchaudio hook before anything imports transformers' models)
+from engine.runtime import distributed
 
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def leave_the_run():
+    """A run that failed in the test's own process must not make workers of what later tests start."""
+    yield
+    if distributed._placed:
+        distributed.shutdown(distributed.World(0, 0, 1, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

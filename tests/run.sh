@@ -10,4 +10,9 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 has_gpu || export DS_ACCELERATOR=cpu
 
 "$PYTHON" -m ruff check engine tests benchmarks setup.py  # not what a user trains beside it
-exec "$PYTHON" -m pytest -q tests "$@"
+everything=tests
+for word in "$@"; do
+    [[ -e "${word%%::*}" ]] && everything=
+done
+# two tests at a time; those of a file stay together, for they share what it has set up
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile $everything "$@"

@@ -17,7 +17,7 @@ clears. A folder that has the final name was whole when it got it. Who writes wh
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,11 +32,14 @@ from engine.checkpoint.manifest import (
     sync,
     write_atomically,
 )
+from engine.config import FIELDS
 from engine.errors import CheckpointError
 from engine.runtime.distributed import World
 
 MODEL_FILES = "model_files"
 NAME = re.compile(r"^checkpoint-(\d+)$")
+FREE = ("lora_adapter_path", "lora_dropout")
+"""Settings of what is trained that a resumed run may change: where adapters started, and how they are regularised."""
 SPARE_BYTES = 64 << 20
 """Room for what lies beside the tensors: tokenizer, configurations, manifest."""
 
@@ -108,19 +111,28 @@ def _problems_of(folder: Path, world: World) -> list[str]:
 def require_same_run(found: Manifest, present: Manifest, folder: Path) -> None:
     """Raises CheckpointError unless resuming goes on with the same steps of the same training.
 
-    The number of processes and the backend may differ.
+    The number of processes and the backend may differ, and so may how it is optimised (see `changes`).
     """
     pairs = {"use_lora": (found.use_lora, present.use_lora)}
     pairs |= {key: (was, present.plan.get(key)) for key, was in found.plan.items()}
+    pairs |= {name: pair for name, pair in changes(found, present, "Trained parameters") if name not in FREE}
     problems = [f"{key}: was {was}, is {now} → resume with the same" for key, (was, now) in pairs.items() if was != now]
     if found.use_lora and found.base != present.base:
         problems.append("model_path: holds other weights than the base of this adapter → give that base")
     if problems:
         raise CheckpointError(
             f"{folder} cannot be resumed by this run (to train on from its weights, `higgs-engine consolidate` it "
-            "and give the result as model_path):",
+            "and give the result as model_path, or an adapter as lora_adapter_path):",
             problems,
         )
+
+
+def changes(found: Manifest, present: Manifest, group: str) -> Iterator[tuple[str, tuple[object, object]]]:
+    """Settings of a group that are not those of the checkpoint: name, what it was, what it is."""
+    for name, field in FIELDS.items():
+        was, now = (manifest.settings.get(name) for manifest in (found, present))
+        if field.metadata["group"] == group and was != now:
+            yield name, (was, now)
 
 
 # ---------------------------------------------------------------- writing one (main process)

@@ -26,6 +26,8 @@ from engine.runtime.distributed import World
 
 SLOWEST_WRITE = timedelta(hours=6)
 """After this time processes that have written give up waiting for one that has not."""
+SLOWEST_SIGHT_S = 60.0
+"""Network file systems show one machine's new folders to the others after a while."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +183,8 @@ class Saver:
             return EngineError(f"{type(error).__name__}: {error}")
 
     def _write(self, manifest, state, random_state, write_once, began: float) -> Saved:
-        folder = self._agreed(lambda: self._reserve(manifest.step, total_bytes(state)))[0]
+        folder = self._agreed(lambda: self._reserve(manifest.step, total_bytes(state)))[self.world.rank]
+        self._agreed(lambda: self._require_seen(folder))
         write_tensors(state, folder, self._group)
         described = self._agreed(lambda: self._rest_of_mine(folder, random_state))
         files = {name: entry for part in described for name, entry in part.items()}
@@ -193,6 +196,16 @@ class Saver:
             lifecycle.reserve(self.output_dir, step, needed)
             (draft / "rng").mkdir()
         return draft
+
+    def _require_seen(self, folder: Path) -> None:
+        """A process that does not see what the first one made would write where nobody looks."""
+        give_up = time.monotonic() + SLOWEST_SIGHT_S
+        while not (folder / "rng").is_dir():
+            if time.monotonic() > give_up:
+                raise CheckpointError(
+                    f"{folder} was made by process 0 and is not seen here → put output_dir where all machines see it."
+                )
+            time.sleep(0.1)
 
     def _rest_of_mine(self, folder: Path, random_state: dict) -> dict[str, File]:
         """Writes this process's random state; describes all files that are its own."""

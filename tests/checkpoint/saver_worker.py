@@ -74,9 +74,22 @@ def main() -> None:
         assert "rng/rank-1.pt" in read_manifest(out / "checkpoint-3").files
         stored = Reader(out / "checkpoint-3").tensor("model.w")
         assert stored.tolist() == [30.0] * 10 + [31.0] * 10, stored
+    not_shared(Path(sys.argv[1]), world)
     print("as expected")
     shutdown(world)
     exit_cleanly(0)
+
+
+def not_shared(folder: Path, world) -> None:
+    """Machines that each have a folder of that name, but not the same one."""
+    saver.SLOWEST_SIGHT_S = 0.5
+    out = folder / f"machine-{rank}"
+    out.mkdir()
+    said: list[str] = []
+    run = Saver(out, world, limit=None, keep_every=None, background=False, say=said.append)
+    state = {"model.w": Fragment(torch.zeros(10), 10 * rank, 20), "step": Fragment.whole(torch.zeros(()))}
+    run.save(manifest(1, world_size=2, shapes={"w": [20]}), state, write_once)
+    assert len(said) == 1 and "process 1" in said[0] and "put output_dir where all machines see it" in said[0], said
 
 
 def poll_until_heard(run: Saver) -> None:

@@ -178,6 +178,17 @@ def test_a_resume_that_would_take_other_steps_is_refused(tmp_path):
     require_same_run(manifest(5), dataclasses.replace(now, plan={"seed": 1}), tmp_path)
 
 
+def test_what_is_trained_must_stay_and_how_may_change(tmp_path):
+    was = {"lora_alpha": 32.0, "lora_dropout": 0.1, "learning_rate": 1e-4, "max_steps": 10}
+    now = {"lora_alpha": 16.0, "lora_dropout": 0.0, "learning_rate": 1e-5, "max_steps": 20}
+    found, present = manifest(5, settings=was), manifest(0, settings=now)
+    with pytest.raises(CheckpointError) as error:
+        require_same_run(found, present, tmp_path)
+    assert error.value.problems == ["lora_alpha: was 32.0, is 16.0 → resume with the same"]
+    changed = dict(lifecycle.changes(found, present, "Optimisation"))
+    assert changed == {"learning_rate": (1e-4, 1e-5), "max_steps": (10, 20)}
+
+
 def test_another_base_matters_to_adapters_only(tmp_path):
     require_same_run(manifest(5), manifest(0, base="other"), tmp_path)
     with pytest.raises(CheckpointError, match="model_path: holds other weights"):
