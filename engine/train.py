@@ -30,13 +30,12 @@ from engine.export.consolidate import consolidate
 from engine.export.model_folder import copy_side_files
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model import whisper_source
+from engine.model.adapter_folder import SUBFOLDER as ADAPTERS
 from engine.model.weights import WeightFiles, load_tokenizer
 from engine.observe.metrics import Meter, MetricsFile, losses
 from engine.observe.progress import Progress, format_step
 from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
 from engine.schedule import learning_rate
-
-ADAPTERS = "lora_adapters"
 
 
 def train(settings: Settings) -> None:

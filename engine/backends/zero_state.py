@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.backends.tensors import Fragment, State
 from engine.backends.torch_optimizer import MOMENTS, moments_of, share_step, step_counter
+from engine.errors import ConfigError
 
 
 def zero_state(
@@ -47,7 +48,10 @@ def _flat_masters(zero) -> list[torch.Tensor]:
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(zero, name):
             return getattr(zero, name)
-    raise NotImplementedError(f"{type(zero).__name__} keeps its masters elsewhere")
+    raise ConfigError(
+        f"ds_config: DeepSpeed's {type(zero).__name__} keeps its master weights where no checkpoint can take them from "
+        "→ ZeRO stage 1, 2 or 3 without what this file adds."
+    )
 
 
 Place = tuple[torch.Tensor, int, int, int]

@@ -71,23 +71,29 @@ def step_flops(
     text_targets: int,
     audio_target_rows: int,
     adapters: int | None = None,
+    recomputed: bool = False,
 ) -> int:
     """Model FLOPs of forward and backward.
+
+    Given what the code runs instead of what it must (padded lengths, heads at every position, layers `recomputed`),
+    it is the FLOPs of the hardware, from which HFU follows as MFU does from those of the model.
 
     Args:
         sample_lengths: positions of each sample.
         text_targets: positions with a text label.
         audio_target_rows: positions with a label in some codebook.
         adapters: LoRA parameters that one position runs (active_adapters); None where every weight is trained.
+        recomputed: whether the backward runs the forward of every layer again, as activation checkpointing does.
     """
     parameters, positions = Parameters.of(config), sum(sample_lengths)
     matmuls = parameters.active * positions
     heads = parameters.text_head * text_targets + parameters.audio_head * audio_target_rows
     squares = sum(length**2 for length in sample_lengths)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squares
+    again = 2 * (matmuls + (adapters or 0) * positions) + attention // 3 if recomputed else 0
     if adapters is None:
-        return 6 * (matmuls + heads) + attention
-    return 4 * (matmuls + heads) + 6 * adapters * positions + attention
+        return 6 * (matmuls + heads) + attention + again
+    return 4 * (matmuls + heads) + 6 * adapters * positions + attention + again
 
 
 def peak_flops(device_name: str) -> float | None:
