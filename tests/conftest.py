@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN = FIXTURES / "golden"
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("engine", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("engine")
 
 
 @pytest.fixture(autouse=True)

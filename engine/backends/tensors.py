@@ -213,12 +213,20 @@ class _TableOfContents(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str):
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.0 to 3.11.3 pickles a member of an enumeration
+            return _member
         if name == "PosixPath":  # its module has another name from Python 3.13 on
             return PurePosixPath
         found = self.RECORDS.get(name) or getattr(torch, name, None)
         if name in self.RECORDS and found.__module__ == module or module == "torch" and isinstance(found, torch.dtype):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+def _member(enumeration: type, name: str):
+    if enumeration is metadata._MEM_FORMAT_ENCODING:
+        return enumeration[name]
+    raise pickle.UnpicklingError(f"{enumeration}.{name} has no place in a checkpoint")
 
 
 @contextlib.contextmanager

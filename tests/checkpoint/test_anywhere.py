@@ -19,6 +19,7 @@ from tests.tiny import tiny_model
 LAUNCHES = [
     (2, ["fsdp", "zero1", "zero2", "zero3", "fsdp-lora", "zero3-lora",
          "zero0<fsdp@2", "fsdp<zero2@2", "zero1<zero3@2", "zero3<zero2@2", "zero2_offload<zero1@2", "zero3<zero3@2",
+         "zero3_hpz<zero3@2",
          "fsdp-lora<zero3-lora@2"]),
     (1, ["none", "zero2", "zero3<fsdp@2", "zero2<zero2@2", "fsdp<zero3@2", "none<zero1@2", "none-lora",
          "none-lora<fsdp-lora@2"]),

@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent; the right ones are found, pointed at, kept and refused."""
 
 import dataclasses
+import io
 import json
 import pickle
 import shutil
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata
 
-from engine.backends.tensors import Fragment, Reader
+from engine.backends.tensors import Fragment, Reader, _TableOfContents
 from engine.checkpoint import lifecycle
 from engine.checkpoint.lifecycle import checkpoints, find, pointer, require_same_run
 from engine.checkpoint.manifest import MANIFEST, SEAL, Manifest, _seal, _text, load_manifest, read_manifest
@@ -218,15 +220,30 @@ def test_a_checkpoint_that_reaches_outside_itself_is_refused(tmp_path, name):
         load_manifest(folder)
 
 
-def test_the_table_of_contents_is_data_and_never_code(tmp_path):
+class Pickled:
+    """Something whose pickle is that call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("way", ["call", "attribute"])
+def test_the_table_of_contents_is_data_and_never_code(tmp_path, way):
     """DCP's is a pickle: one that asks for anything but DCP's own records is refused before it can do harm."""
     folder = write(tmp_path, 1)
-
-    class Harm:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "harm",))
-
-    (folder / "tensors" / ".metadata").write_bytes(pickle.dumps(Harm()))
+    call = Path.touch if way == "call" else Pickled(getattr, (Path, "touch"))
+    harm = Pickled(call, (tmp_path / "harm",)) if way == "call" else call
+    (folder / "tensors" / ".metadata").write_bytes(pickle.dumps(harm))
     with pytest.raises(CheckpointError, match="has no place in a checkpoint"):
         Reader(folder)
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_table_of_contents_of_any_python_is_read(tmp_path):
+    """Early releases of Python 3.11 pickle DCP's enumeration by the name of its member."""
+    member = metadata._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    content = pickle.dumps(Pickled(getattr, (metadata._MEM_FORMAT_ENCODING, member.name)))
+    assert _TableOfContents(io.BytesIO(content)).load() is member
