@@ -15,6 +15,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as process_groups
 from deepspeed.utils import safe_get_full_grad
 
 from engine.backends.base import Backend, Blueprint
@@ -28,11 +29,11 @@ from engine.model.trainable import optimizer_groups
 from engine.runtime.distributed import World
 
 
-def complete_config(settings: Settings, rounds: int) -> dict:
+def complete_config(settings: Settings, processes: int, rounds: int) -> dict:
     """The JSON of `ds_config` with everything in it that follows from the settings.
 
     Raises:
-        ConfigError: the file is not JSON, or contradicts the settings (all of it is listed).
+        ConfigError: the file is not JSON, or contradicts the settings or the processes (all of it is listed).
     """
     try:
         given = json.loads(Path(settings.ds_config).read_text())
@@ -65,6 +66,12 @@ def complete_config(settings: Settings, rounds: int) -> dict:
         for key in ("offload_optimizer", "offload_param")
         if given.get("zero_optimization", {}).get(key, {}).get("device") == "nvme"
     ]
+    in_node = given.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if in_node > 1 and processes % min(in_node, processes):
+        problems.append(
+            f"zero_optimization.zero_hpz_partition_size: {in_node} does not divide {processes} processes "
+            "→ the number of GPUs of a node, the same in each"
+        )
     if settings.bf16 and stage == 0:
         problems.append("stage 0 keeps no fp32 master weights in bf16 → use zero1, or bf16: false")
     if problems:
@@ -75,7 +82,7 @@ def complete_config(settings: Settings, rounds: int) -> dict:
 class DeepSpeedBackend(Backend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.world, self.max_norm = world, settings.max_grad_norm
-        self.config = complete_config(settings, rounds)
+        self.config = complete_config(settings, world.size, rounds)
         self.stage = self.config.get("zero_optimization", {}).get("stage", 0)
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
         self.adapters_only = settings.use_lora
@@ -104,13 +111,18 @@ class DeepSpeedBackend(Backend):
             fill(blueprint.model, blueprint.weights, self.world.device, self.dtype)
             rebuild_buffers(blueprint.core, self.world.device)
             return
+        # Init makes ZeRO++'s group of a node at its first call and must be given it at the others
+        in_node = self.config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         # one layer exists whole at a time; the rest of the model comes last
         prefixes = {module: name for name, module in blueprint.model.named_modules()}
         for unit in [*blueprint.layers, blueprint.model]:
             for module in unit.modules():
                 if any(p.is_meta for p in module.parameters(recurse=False)):
                     fill_module(module, prefixes[module], blueprint.weights, self.world.device, self.dtype)
-            deepspeed.zero.Init(module=unit, config_dict_or_path=self.config, dtype=self.dtype)
+            group = process_groups._get_zero_param_intra_parallel_group() if in_node else None
+            deepspeed.zero.Init(
+                module=unit, config_dict_or_path=self.config, dtype=self.dtype, zero_param_parallel_group=group
+            )
         rebuild_buffers(blueprint.core, self.world.device)
 
     def _fill_masters(self, blueprint: Blueprint) -> None:

@@ -2,7 +2,8 @@
 
 ZeRO 1 and 2 lay a group's parameters end to end and give each process one stretch, whose ends fall anywhere. ZeRO 3
 gives each process an equal share of every parameter, the last one padded. Both keep fp32 masters and AdamW's
-moments as flat tensors over many parameters; what a parameter has of them is a slice.
+moments as flat tensors over many parameters; what a parameter has of them is a slice. ZeRO++'s second copy of the
+weights in each node (hpZ) holds nothing of its own: it is dropped when the first one changes.
 """
 
 from collections.abc import Iterator
@@ -100,4 +101,7 @@ def zero_restored(zero, optimizer: torch.optim.AdamW) -> None:
     persistent = zero.persistent_parameters  # small ones that every process keeps whole: gathered anew
     if persistent:
         persistent[0].partition(persistent)
+    # ZeRO++ gathers from a node's second copy while there is one; all of these hold the weights of before
+    zero.invalidate_secondary_tensor()
+    if persistent:
         persistent[0].all_gather(persistent)
