@@ -27,7 +27,7 @@ import transformers
 
 import engine
 from benchmarks.measured import Result, table_line
-from benchmarks.packed_forward import hardware
+from benchmarks.stopwatch import hardware
 from engine.model.initial import build_on_meta
 
 GEOMETRIES = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import HiggsAudioV2Config
 
-from benchmarks.packed_forward import make_samples
+from benchmarks.length_mix import make_samples
 from engine.backends.tensors import Fragment, State
 from engine.checkpoint.lifecycle import checkpoints
 from engine.checkpoint.manifest import Manifest, versions
@@ -84,7 +84,7 @@ def _measured(args: argparse.Namespace, folder: Path, world: World, backend: str
     ).with_resolved(world.size, world.device.type == "cuda")  # fmt: skip
     files = WeightFiles(model)
     engine = HiggsEngine(settings, world, files, rounds=1)
-    sample = make_samples(argparse.Namespace(seed=world.rank, samples=1, seconds=6.0), files.config)[0]
+    sample = make_samples(files.config, 1, seconds=6.0, seed=world.rank)[0]
     targets = Targets(1000, (1000,) * files.config.num_codebooks)  # what the loss is, does not matter here
 
     def step() -> float:

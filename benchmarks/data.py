@@ -35,7 +35,7 @@ from benchmarks import loader_memory
 from benchmarks import synthetic_data as made
 from benchmarks.loader_memory import MAX_TOKENS, batches, micro_batches, plan_of
 from benchmarks.measured import Result, table_line
-from benchmarks.packed_forward import hardware
+from benchmarks.stopwatch import hardware
 from engine.config import Settings
 from engine.data.audio import Recording, content_key
 from engine.data.code_cache import CodeCache

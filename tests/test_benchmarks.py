@@ -13,11 +13,6 @@ from engine.model.initial import build_on_meta
 from engine.model.weights import WeightFiles
 from tests.processes import ROOT
 
-TINY = (
-    "--hidden_size 64 --intermediate_size 96 --layers 2 --heads 2 --kv_heads 1 --head_dim 32 --samples 2 --seconds 2"
-    " --repeats 1 --device cpu --dtype fp32"
-)
-
 
 def benchmark(*arguments: str) -> str:
     command = [sys.executable, "-m", *arguments]
@@ -28,22 +23,62 @@ def benchmark(*arguments: str) -> str:
     return done.stdout
 
 
-def test_packed_forward(tmp_path):
-    printed = benchmark("benchmarks.packed_forward", *TINY.split(), "--out", str(tmp_path / "result.json"))
-    report = json.loads((tmp_path / "result.json").read_text())
-    assert set(report) == {
-        "date", "hardware", "versions", "settings", "attention", "parameters", "samples", "model_flops", "check",
-        "results",
-    }  # fmt: skip
-    assert report["check"]["passed"]
-    assert set(report["check"]["losses"]) == set(report["results"]) == {"native_padded", "native_packed", "packed"}
-    assert report["samples"]["tokens"] == sum(report["samples"]["lengths"]) > report["samples"]["audio_tokens"] > 0
-    for result in report["results"].values():
-        assert result["tokens_per_second"] > 0 and result["mfu"] is None and len(result["seconds"]) == 1
-    assert "packed (this engine)" in printed
-    # memory does not depend on what else the machine does: no logits of unlabelled positions, no padding
-    memory = {name: result["peak_memory_added_bytes"] for name, result in report["results"].items()}
-    assert memory["packed"] is None or memory["packed"] < memory["native_padded"] / 3
+@pytest.mark.slow
+def test_throughput_table(tmp_path):
+    rows = ["trainer", "native", "packed_checkpointing", "packed"]
+    arguments = "--geometry tiny --table --turns 1 --tokens 900 --seconds 2 --clock processor --rows".split()
+    out = tmp_path / "result.json"
+    printed = benchmark("benchmarks.throughput", *arguments, *rows, "--out", str(out))
+    report = json.loads(out.read_text())
+    assert report["check"]["passed"] and set(report["check"]["losses"]) == {"reference", *rows}
+    results = report["results"]
+    assert list(results) == rows and all(f"| {row['title']} | " in printed for row in results.values())
+    for row in results.values():
+        assert row["tokens_per_second"] > 0 and row["mfu"] is row["hfu"] is None, "no peak is known of a CPU"
+        assert min(row["parts"][part] for part in ("data", "forward", "backward", "optimizer")) > 0
+        assert sum(row["parts"].values()) < 1.01 * row["median_seconds"]
+    # processor time and memory do not depend on what else the machine does: text logits of all positions dominate
+    of_padded = results["packed"]["forward_backward_ratio"] / results["native"]["forward_backward_ratio"]
+    assert of_padded > 4, "packed rows, and heads at labelled positions only"
+    memory = {name: row["peak_memory_bytes"] for name, row in results.items()}
+    assert memory["packed"] is None or memory["packed"] < 0.6 * memory["native"]
+    spent = {name: row["hardware_by_model_flops"] for name, row in results.items()}
+    assert 1 == spent["packed"] < spent["packed_checkpointing"] < spent["native"] < spent["trainer"]
+
+
+@pytest.mark.slow
+def test_throughput_of_adapters_in_two_processes(tmp_path):
+    arguments = "--geometry tiny --mode lora --backend deepspeed --steps 1 --tokens 900 --seconds 2".split()
+    out = tmp_path / "result.json"
+    launcher = "torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.throughput".split()
+    printed = benchmark(*launcher, *arguments, "--gradient_checkpointing", "none", "--out", str(out))
+    report = json.loads(out.read_text())
+    assert report["check"]["passed"] and report["processes"] == report["samples"]["micro_batches"] == 2
+    settings = report["engine_settings"]
+    assert settings["use_lora"] and settings["gradient_checkpointing"] == "none", "the engine's flags are taken"
+    assert 0 < report["communication_seconds"] and "collectives: " in printed
+
+
+def test_length_mix():
+    """A seed's samples are the same however many follow, and as long as two clips, their text and a system turn."""
+    from benchmarks.length_mix import describe_mix, make_samples
+    from benchmarks.random_weights import configuration
+
+    samples = make_samples(configuration("tiny"), 300, seconds=4.5, seed=1)
+    assert [len(s) for s in make_samples(configuration("tiny"), 5, 4.5, 1)] == [len(s) for s in samples[:5]]
+    mix = describe_mix([samples[i : i + 5] for i in range(0, 300, 5)])
+    assert mix["samples"] == 300 and mix["tokens"] == sum(len(s) for s in samples)
+    assert 0.65 < mix["audio_share"] < 0.8 and 0.25 < mix["padding_share"] < 0.45
+    assert 330 < mix["lengths"]["median"] < 420
+
+
+def test_the_published_table_is_as_fast_as_its_page_says():
+    """Packed rows against transformers' padded forward, with and without checkpointing in both."""
+    (file, *_) = sorted((ROOT / "benchmarks" / "results").glob("throughput_table_small_*.json"), reverse=True)
+    ratios = {n: row["forward_backward_ratio"] for n, row in json.loads(file.read_text())["results"].items()}
+    kept, checkpointing = (ratios[f"packed{n}"] / ratios[f"native{n}"] for n in ("", "_checkpointing"))
+    assert kept > 4 and checkpointing > 4
+    assert f"{kept:.1f} times as fast with activations kept" in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 def test_data(demo, tmp_path):

@@ -41,12 +41,20 @@ def test_lora_by_hand():
     assert active_adapters(REAL, 16, ["q_proj"]) == 28 * 16 * 6144
 
 
+@pytest.mark.parametrize("adapters", [None, 1_000_000])
+def test_recomputation_is_one_more_forward_of_the_layers_and_of_no_head(adapters):
+    """A forward costs two per parameter and a third of the attention of forward and backward."""
+    plain, again = (step_flops(REAL, [1024, 7], 5, 900, adapters, recomputed) for recomputed in (False, True))
+    run = 2_818_572_288 + (adapters or 0)
+    assert again - plain == 2 * run * 1031 + 172_032 * (1024**2 + 7**2)
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "forward and backward of the body"])
 def test_the_model_multiplies_as_much_as_the_formula_says(train):
     """By torch's own counter, which sees neither the CPU's attention nor a head's backward into its buffers."""
     rng = np.random.default_rng(0)
     batch = pack([random_sample(rng, 20, 30), random_sample(rng, 7, 12)], AUDIO)
-    model = install(tiny_model(), "sdpa", False)
+    model = install(tiny_model(), "sdpa")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
         if train:
             model._hidden_states(batch).sum().backward()
