@@ -97,6 +97,29 @@ def validate(argv: list[str]) -> int:
     return 0 if validate_all(settings, args.report.absolute()) else EXIT_MISTAKE
 
 
+def plan(argv: list[str]) -> int:
+    """Says before a run, without a GPU: memory, what fits, tokens, FLOPs and time of a step and of an epoch."""
+    from engine.config import parse
+
+    parser = _parser("plan", plan, settings=True)
+    add = parser.add_argument
+    add("--gpus", type=int, default=1, metavar="N", help="how many GPUs (default 1)")
+    add("--gpu_memory", type=float, default=80, metavar="GIB", help="memory of each (default 80)")
+    add("--peak_tflops", type=float, default=989, help="their dense bf16 peak (default 989: H100, H200)")
+    add("--efficiency", type=float, default=0.4, help="share of it that training reaches, the MFU (default 0.4)")
+    args, rest = _with_settings(parser, argv)
+    if min(args.gpus, args.gpu_memory, args.peak_tflops, args.efficiency) <= 0:
+        parser.error("--gpus, --gpu_memory, --peak_tflops and --efficiency have to be above 0")
+    settings = parse(rest, "higgs-engine plan", optional=("audio_tokenizer_path", "train_data_file"))
+    from engine.model.weights import load_config
+    from engine.plan.report import Machine, report
+
+    machine = Machine(args.gpus, args.gpu_memory * 2**30, args.peak_tflops * 1e12, args.efficiency)
+    lines, fits = report(load_config(settings.model_path), settings, machine)
+    print("\n".join(lines))
+    return 0 if fits else EXIT_MISTAKE
+
+
 def convert(argv: list[str]) -> None:
     """Rewrites data in another format, refusing whatever would lose something."""
     from engine.data.formats import FORMATS
@@ -297,6 +320,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "prepare": prepare,
     "validate": validate,
+    "plan": plan,
     "convert": convert,
     "consolidate": consolidate,
     "export": export,

@@ -56,8 +56,11 @@ class Settings:
         choices=("auto", "flash", "varlen", "flex", "sdpa"))
     bf16: bool | None = _model(
         None, "bf16 compute, fp32 master weights; false: fp32 throughout; none: true on GPU unless backend is none")
-    gradient_checkpointing: bool = _model(
-        True, "recompute each layer in the backward: far less memory, about a third more compute")
+    gradient_checkpointing: str = _model(
+        "auto", "what the backward computes again instead of keeping it: none; selective (all but matrix products and "
+        "attention: half the memory, a few per cent more compute); full (whole layers: the least memory, a third more "
+        "compute); auto: the fastest that fits. true means full, false none",
+        choices=("auto", "none", "selective", "full"), switch={True: "full", False: "none"})
 
     train_data_file: list[str] = _data(
         [], "samples to train on: data files or folders of any format, or prepared stores; several are put together",

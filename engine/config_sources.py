@@ -30,13 +30,21 @@ def setting(
     choices: tuple[str, ...] = (),
     path: str = "",
     required: bool = False,
+    switch: Mapping[bool, str] | None = None,
     **limits: float,
 ) -> Any:
-    """A dataclass field with what is known of a setting; `path` is FILE or FOLDER, `limits` are as in `LIMITS`."""
+    """A dataclass field with what is known of a setting.
+
+    Args:
+        path: FILE or FOLDER.
+        switch: the choices that true and false stand for; such a setting is also written as a bool is.
+        limits: as in `LIMITS`.
+    """
     rule = " and ".join(f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items())
     metadata = dict(
-        group=group, default=default, help=help, choices=choices, path=path, required=required, limits=limits, rule=rule
-    )
+        group=group, default=default, help=help, choices=choices, path=path, required=required, switch=switch,
+        limits=limits, rule=rule,
+    )  # fmt: skip
     initial = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(metadata=metadata, **initial)
 
@@ -48,6 +56,10 @@ class Schema:
     fields: Mapping[str, dataclasses.Field]
     kinds: Mapping[str, Any]
     optional: frozenset[str]
+
+    def is_switch(self, name: str) -> bool:
+        """Whether its flag may stand alone, and with `no-` before it."""
+        return self.kinds.get(name) is bool or name in self.fields and bool(self.fields[name].metadata["switch"])
 
     @classmethod
     def of(cls, settings: type) -> "Schema":
@@ -125,7 +137,7 @@ class Reading:
             if not token.startswith("--"):
                 self.problems.append(f"{token!r} follows no flag → write --NAME VALUE, spaces in quotes")
                 continue
-            if name.startswith("no_") and kinds.get(name[3:]) is bool and not equals:
+            if name.startswith("no_") and self.schema.is_switch(name[3:]) and not equals:
                 flags.append((name[3:], "false"))
                 continue
             # An unknown flag takes all that follows, like a list, so that one mistake is not told twice.
@@ -133,7 +145,7 @@ class Reading:
             most = 0 if equals else len(tokens) if get_origin(kind) is list else 1
             while tokens and len(values) < most and not tokens[0].startswith("--"):
                 values.append(tokens.popleft())
-            if not values and kind is not bool and name in kinds:
+            if not values and name in kinds and not self.schema.is_switch(name):
                 self.problems.append(f"command line: {name}: no value follows → write --{name} VALUE")
                 self.failed.add(name)
             elif name != "local_rank":  # added by launchers; the rank itself comes from the environment
@@ -171,6 +183,9 @@ def _convert(schema: Schema, name: str, value: Any) -> Any:
     cleared = value is None or isinstance(single, str) and single.lower() in ("null", "none")
     if cleared and (name in schema.optional or get_origin(kind) is list):
         return None if name in schema.optional else []
+    switch = schema.fields[name].metadata["switch"]
+    if switch and str(value).lower() in TRUTH:
+        return switch[TRUTH[str(value).lower()]]
     if get_origin(kind) is not list:
         return _scalar(value, kind, "" if default is None else f", such as {_shown(default)}")
     words = value if isinstance(value, list) else [value]

@@ -23,6 +23,8 @@ from engine.model.initial import InitialWeights, build_on_meta
 from engine.model.packed import install
 from engine.model.trainable import choose_trainable, decayed, describe
 from engine.model.weights import WeightFiles
+from engine.plan.activations import Row
+from engine.plan.memory import GIB, for_training
 from engine.runtime.distributed import World
 
 
@@ -55,16 +57,19 @@ class HiggsEngine:
         world: this process's place among the processes.
         files: the base model.
         rounds: micro-batches of one process in each optimizer step.
+        row: the longest row to come, for the memory plan; None: one of speech, as long as the settings allow.
 
     Attributes:
+        checkpointing: the mode of activation checkpointing (engine/model/recompute.py).
         whisper: where the Whisper conditioning comes from; None without.
         summary: lines for the start-up print.
 
     Raises:
-        ConfigError, ModelError: the settings cannot be used with this model; the weights do not fit.
+        ConfigError, ModelError: the settings cannot be used with this model; the weights do not fit it, or the run
+            not into the GPU.
     """
 
-    def __init__(self, settings: Settings, world: World, files: WeightFiles, rounds: int):
+    def __init__(self, settings: Settings, world: World, files: WeightFiles, rounds: int, row: Row | None = None):
         self.settings, self.world, self.config = settings, world, files.config
         dtype = torch.bfloat16 if settings.bf16 else torch.float32
         self.attention = attention.choose(settings.attention, world.device, dtype)
@@ -75,9 +80,13 @@ class HiggsEngine:
         weights = InitialWeights(files, settings.seed, self.whisper, open_adapter(settings.lora_adapter_path))
         model = choose_trainable(core, settings, self.whisper and self.whisper.build_on_meta())
         weights.check(model)
-        install(core, self.attention, settings.gradient_checkpointing)
+        row = row or Row.typical(settings.max_tokens_per_micro_batch or 8192)
+        self.checkpointing, plan = for_training(files.config, settings, world, row, self.whisper)
+        install(core, self.attention, self.checkpointing)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.summary = describe(model, settings) + ([whisper_line] if whisper_line else [])
+        expected = f"; expected at the peak: {plan.peak / GIB:,.1f} GiB a process" if plan else ""
+        self.summary.append(f"gradient_checkpointing: {self.checkpointing}{expected}")
         self._shapes = shapes
         blueprint = Blueprint(model, core, weights, decayed(model), shapes)
         self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)

@@ -34,6 +34,7 @@ from engine.model.adapter_folder import SUBFOLDER as ADAPTERS
 from engine.model.weights import WeightFiles, load_tokenizer
 from engine.observe.metrics import Meter, MetricsFile, losses
 from engine.observe.progress import Progress, format_step
+from engine.plan.activations import Row, longest_row
 from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
 from engine.schedule import learning_rate
 
@@ -80,7 +81,8 @@ class Run:
         self.plan = _plan(self.data, settings)
         self.total = self.plan.total_steps
         self.rounds = self.plan.rounds(world.size)
-        self.engine = HiggsEngine(settings, world, self.files, self.rounds)
+        row = Row.of(self.data, longest_row(self.data.lengths, settings))
+        self.engine = HiggsEngine(settings, world, self.files, self.rounds, row)
         self.saver = Saver(
             self.output_dir, world, limit=settings.save_total_limit, keep_every=settings.keep_every,
             background=settings.async_save, say=self.progress.say, done=self._saved,

@@ -150,3 +150,13 @@ def test_published_results_say_where_they_come_from():
         report = json.loads(file.read_text())
         assert {"date", "hardware", "versions", "settings", "results"} <= set(report), file.name
         assert report["check"]["passed"], file.name
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    arguments = "--geometry tiny --tokens 2048 --backends none --modes none".split()
+    printed = benchmark("benchmarks.memory", *arguments, "--out", str(tmp_path / "result.json"))
+    report = json.loads((tmp_path / "result.json").read_text())
+    found = report["results"]["none/none"]
+    assert abs(found["ratio"] - found["planned"] / found["measured"]) < 1e-9 and 0.8 < found["ratio"] < 1.2
+    assert "| none, none | " in printed

@@ -471,3 +471,16 @@ def test_help_is_complete(flag, capsys, monkeypatch):
     for field in FIELDS.values():
         assert len(field.metadata["help"]) > 10
         assert all(choice in text for choice in field.metadata["choices"])
+
+
+@pytest.mark.parametrize("flags, mode", [
+    ([], "auto"), (["--gradient_checkpointing"], "full"), (["--gradient-checkpointing"], "full"),
+    (["--no-gradient_checkpointing"], "none"), (["--gradient_checkpointing", "false"], "none"),
+    (["--gradient_checkpointing=true"], "full"), (["--gradient_checkpointing", "none"], "none"),
+    (["--gradient_checkpointing", "selective"], "selective"),
+])
+def test_a_choice_with_a_switch(flags, mode):
+    """Scripts that know it as a bool mean what they meant, flags and YAML alike."""
+    assert parsed(*flags, "--seed", "1").gradient_checkpointing == mode
+    assert parsed(gradient_checkpointing={"full": True, "none": False}.get(mode, mode)).gradient_checkpointing == mode
+    assert "'sometimes' is not a choice" in problem("--gradient_checkpointing", "sometimes")

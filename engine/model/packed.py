@@ -16,7 +16,6 @@ text positions whose embeddings come from it.
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2Attention,
@@ -25,6 +24,7 @@ from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
 )
 
 from engine.data.packing import PackedBatch
+from engine.model import recompute
 from engine.model.attention import IMPLEMENTATIONS, PackedAttentionFunction, SampleBounds
 from engine.model.loss import LossHead
 
@@ -73,10 +73,17 @@ class PackedAttention(HiggsAudioV2Attention):
 
 
 class PackedDecoderLayer(HiggsAudioV2DecoderLayer):
+    """`checkpointing`, set by `install`: a mode of engine/model/recompute.py."""
+
+    checkpointing: str
+
     def forward(self, hidden_states, position_embeddings=None, *args, rows: PackedRows | None = None, **kwargs):
         if rows is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
-        x, n = hidden_states, rows.n_text
+        return recompute.call(self.checkpointing, self._packed, hidden_states, position_embeddings, rows)
+
+    def _packed(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...], rows: PackedRows) -> torch.Tensor:
+        n = rows.n_text
         normed = torch.cat([self.input_layernorm(x[:n]), self.audio_input_layernorm(x[n:])])
         x = x + self.self_attn(normed, position_embeddings, rows=rows)
         text, audio = x[:n], x[n:]
@@ -90,12 +97,10 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
 
     Attributes set by `install`:
         attend: packed attention function.
-        recompute_layers: recompute each layer in the backward instead of keeping its activations.
         whisper: a WhisperConditioning, None without.
     """
 
     attend: PackedAttentionFunction
-    recompute_layers: bool
 
     def forward(self, batch=None, text_weight=None, codebook_weights=None, **native):
         """Loss of one packed row.
@@ -132,10 +137,7 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
         )
         positions = self.model.rotary_emb(x, batch.position_ids)
         for layer in self.model.layers:
-            if self.recompute_layers and torch.is_grad_enabled():
-                x = checkpoint(layer, x, positions, rows=rows, use_reentrant=False)
-            else:
-                x = layer(x, positions, rows=rows)
+            x = layer(x, positions, rows=rows)
         return x
 
     def _text_embeddings(self, batch: PackedBatch) -> torch.Tensor:
@@ -149,19 +151,26 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
         return text.index_copy(0, batch.whisper_rows, heard.to(text.dtype))
 
 
-def install(model: HiggsAudioV2ForConditionalGeneration, attention: str, recompute_layers: bool) -> PackedHiggsAudio:
-    """Gives a native model (with its text head, with or without LoRA) the packed training forward, in place."""
+def install(
+    model: HiggsAudioV2ForConditionalGeneration, attention: str, checkpointing: str = "none"
+) -> PackedHiggsAudio:
+    """Gives a native model (with its text head, with or without LoRA) the packed training forward, in place.
+
+    Args:
+        attention: a name of engine/model/attention.py.
+        checkpointing: a mode of engine/model/recompute.py. A trained Whisper encoder knows full and none.
+    """
     if model.text_lm_head is None:
         raise ValueError("the model was built without use_text_head=True")
     model.__class__ = PackedHiggsAudio
     model.attend = IMPLEMENTATIONS[attention]
-    model.recompute_layers = recompute_layers
     if not hasattr(model, "whisper"):
         model.whisper = None
     if model.whisper is not None:
-        model.whisper.recompute_layers = recompute_layers
+        model.whisper.recompute_layers = checkpointing != "none"
     for layer in model.model.layers:
         layer.__class__ = PackedDecoderLayer
+        layer.checkpointing = checkpointing
         layer.self_attn.__class__ = PackedAttention
     for head in (model.text_lm_head, model.audio_lm_head):
         # trained in full beside adapters (modules_to_save), a head is a wrapper around the original and a copy

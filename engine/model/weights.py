@@ -37,23 +37,13 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        raw = read_json(self.folder / "config.json", f"model_path must be a model folder; {DOWNLOAD_HINT}")
-        kind = raw.get("model_type")
+        raw = _raw_config(self.folder)
+        self.config = load_config(self.folder)
+        self.format = "native" if raw["model_type"] == "higgs_audio_v2" else "original"
         self.tower_config, self.uses_tower = None, False
-        if kind == "higgs_audio_v2":
-            self.format = "native"
-            self.config = HiggsAudioV2Config.from_dict(raw)
-            _check_native(self.folder, self.config)
-        elif kind == "higgs_audio":
-            self.format = "original"
-            self.config = convert_config(raw, self.folder)
-            if not raw.get("skip_audio_tower"):
-                self.tower_config = dict(raw.get("audio_encoder_config") or {})
-                self.uses_tower = bool(raw.get("encode_whisper_embed", True))
-        else:
-            raise ModelError(
-                f"{self.folder}: model_type is {kind!r} → a Higgs Audio v2 model has higgs_audio_v2 or higgs_audio."
-            )
+        if self.format == "original" and not raw.get("skip_audio_tower"):
+            self.tower_config = dict(raw.get("audio_encoder_config") or {})
+            self.uses_tower = bool(raw.get("encode_whisper_embed", True))
         original = self.format == "original"
         self._files = weight_files(self.folder, DOWNLOAD_HINT)
         self._tensors = TensorFiles(self._files, native_name if original else lambda key: key)
@@ -92,6 +82,30 @@ class WeightFiles:
         problems += [f"{name} is not part of the model" for name in self.shapes if name not in expected]
         if problems:
             raise ModelError(f"{self.folder}: the weights do not fit its config.json:", problems)
+
+
+def load_config(folder: str | Path) -> HiggsAudioV2Config:
+    """The native configuration of a folder of either format; nothing but config.json (and a tokenizer) is read.
+
+    Raises:
+        ModelError: no config.json, unknown or unsupported model type.
+    """
+    folder = Path(folder)
+    raw = _raw_config(folder)
+    if raw.get("model_type") == "higgs_audio":
+        return convert_config(raw, folder)
+    if raw.get("model_type") != "higgs_audio_v2":
+        raise ModelError(
+            f"{folder}: model_type is {raw.get('model_type')!r} → a Higgs Audio v2 model has higgs_audio_v2 or "
+            "higgs_audio."
+        )
+    config = HiggsAudioV2Config.from_dict(raw)
+    _check_native(folder, config)
+    return config
+
+
+def _raw_config(folder: Path) -> dict:
+    return read_json(folder / "config.json", f"model_path must be a model folder; {DOWNLOAD_HINT}")
 
 
 def _why_missing(name: str) -> str:

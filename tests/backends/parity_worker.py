@@ -48,7 +48,7 @@ def settings_for(case: str, model: str, world_size: int) -> Settings:
         bf16="bf16" in variants,
         whisper_conditioning=str(Path(model).parent / "whisper") if "whisper" in variants else "off",
         freeze_audio_tower="tower" not in variants,
-        gradient_checkpointing=True,
+        gradient_checkpointing="selective" if "selective" in variants else "full",
         micro_batches_per_step=MICRO_BATCHES,
         max_grad_norm=0.5,
         learning_rate=3e-3,

@@ -12,7 +12,7 @@ from tests.processes import run
 from tests.tiny import tiny_model
 
 CASES = ["fsdp", "zero0", "zero1", "zero2", "zero3"]
-MORE_CASES = ["fsdp-hybrid", "zero2_offload", "zero3_offload"]
+MORE_CASES = ["fsdp-hybrid", "zero2_offload", "zero3_offload", "fsdp-selective", "zero3-selective-lora"]
 BF16_CASES = ["fsdp-bf16", "zero1-bf16", "zero2-bf16", "zero3-bf16"]
 LORA_CASES = ["none-lora", "fsdp-lora", "zero2-lora", "zero3-lora"]
 DORA_CASES = ["fsdp-lora-dora-on", "zero2-lora-dora-on", "zero3-lora-dora-on"]

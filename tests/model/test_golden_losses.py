@@ -26,7 +26,7 @@ def model(golden_model):
     weights.check(model)
     fill(model, weights, torch.device("cpu"), torch.float32)
     rebuild_buffers(model, torch.device("cpu"))
-    return install(model, "sdpa", recompute_layers=False)
+    return install(model, "sdpa")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from engine.data.prompts import IGNORED
 from engine.model.attention import IMPLEMENTATIONS, SampleBounds
 from engine.model.loss import CHUNK_ROWS, linear_cross_entropy
 from engine.model.packed import install
+from engine.model.recompute import MODES
 from tests.tiny import AUDIO, CODEBOOKS, random_sample, tiny_model
 
 
@@ -56,15 +57,15 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
+@pytest.mark.parametrize("checkpointing", MODES)
 @pytest.mark.parametrize("mix", MIXES)
-def test_loss_and_gradients_equal_the_native_forward(mix, recompute):
+def test_loss_and_gradients_equal_the_native_forward(mix, checkpointing):
     rng = np.random.default_rng(3)
     samples = [random_sample(rng, *sizes) for sizes in MIXES[mix]]
     model = tiny_model()
     wanted_loss = native_loss(model, samples)
     wanted = gradients(model, wanted_loss)
-    loss = packed_loss(install(model, "sdpa", recompute), samples)
+    loss = packed_loss(install(model, "sdpa", checkpointing), samples)
     got = gradients(model, loss)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
     for name, gradient in got.items():
@@ -77,7 +78,7 @@ def test_loss_and_gradients_equal_the_native_forward(mix, recompute):
 @pytest.mark.parametrize("label_text, label_audio", [(False, True), (True, False), (False, False)])
 def test_missing_labels_give_zeros_never_nan_or_none(label_text, label_audio):
     rng = np.random.default_rng(0)
-    model = install(tiny_model(), "sdpa", False)
+    model = install(tiny_model(), "sdpa")
     got = gradients(model, packed_loss(model, [random_sample(rng, 12, 20, label_text, label_audio)]))
     for name, gradient in got.items():
         assert gradient is not None and gradient.isfinite().all(), name
@@ -86,7 +87,7 @@ def test_missing_labels_give_zeros_never_nan_or_none(label_text, label_audio):
 
 
 def test_the_empty_micro_batch_adds_nothing():
-    model = install(tiny_model(), "sdpa", False)
+    model = install(tiny_model(), "sdpa")
     loss, sums = model(pack([empty_sample(CODEBOOKS)], AUDIO), torch.ones(1), torch.ones(CODEBOOKS))
     got = gradients(model, loss)
     assert loss == 0 and not sums.any()
@@ -96,7 +97,7 @@ def test_the_empty_micro_batch_adds_nothing():
 def test_samples_do_not_see_each_other():
     rng = np.random.default_rng(1)
     samples = [random_sample(rng, 10, 15) for _ in range(3)]
-    model = install(tiny_model(), "sdpa", False).eval()
+    model = install(tiny_model(), "sdpa").eval()
     ones = torch.ones(1), torch.ones(CODEBOOKS)
     alone = sum(model(pack([s], AUDIO), *ones)[1] for s in samples)
     together = model(pack(samples, AUDIO), *ones)[1]
@@ -114,7 +115,7 @@ def test_native_calls_and_generate_are_untouched():
     model = tiny_model().eval()
     with torch.no_grad():
         wanted, wanted_codes = model(**inputs).logits, model.generate(**inputs, do_sample=False, max_new_tokens=12)
-        model = install(model, "sdpa", True)
+        model = install(model, "sdpa", "full")
         assert torch.equal(model(**inputs).logits, wanted)
         assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=12), wanted_codes)
 

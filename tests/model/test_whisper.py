@@ -32,7 +32,7 @@ def conditioning() -> WhisperConditioning:
 def conditioned(**settings):
     model = tiny_model()
     choose_trainable(model, Settings(model_path="base", **settings), conditioning())
-    return install(model, "sdpa", recompute_layers=True)
+    return install(model, "sdpa", "full")
 
 
 def run(model, samples):
@@ -118,7 +118,7 @@ def test_whisper_positions_are_text_positions_with_the_encoders_embeddings():
         ids = sample.input_ids.copy()
         ids[places] = spelt
         written = replace(sample, input_ids=ids, mels=(), mel_starts=())
-        install(plain, "sdpa", False)
+        install(plain, "sdpa")
         wanted, wanted_sums = plain(pack([written], AUDIO), torch.ones(1), torch.ones(CODEBOOKS))
     torch.testing.assert_close(sums, wanted_sums)
     torch.testing.assert_close(loss, wanted)
@@ -165,7 +165,7 @@ def test_rows_without_recordings_run_the_encoder_for_nothing():
     rng = np.random.default_rng(4)
     samples = [random_sample(rng, 9, 0), empty_sample(CODEBOOKS)]
     loss, gradients = run(conditioned(), samples)
-    plain = install(tiny_model(), "sdpa", False)
+    plain = install(tiny_model(), "sdpa")
     wanted, _ = plain(pack(samples, AUDIO), torch.ones(1) / 40, torch.ones(CODEBOOKS) / 90)
     assert torch.equal(loss, wanted.detach())
     assert not gradients["whisper.projection.weight"].any()
@@ -173,7 +173,7 @@ def test_rows_without_recordings_run_the_encoder_for_nothing():
 
 def test_a_model_without_encoder_refuses_whisper_positions():
     rng = np.random.default_rng(5)
-    model = install(tiny_model(), "sdpa", False)
+    model = install(tiny_model(), "sdpa")
     with pytest.raises(ValueError, match="no encoder"):
         model(pack([heard_sample(rng, 5, 6, 40)], AUDIO), torch.ones(1), torch.ones(CODEBOOKS))
 

@@ -1,0 +1,117 @@
+"""Bytes that weights, gradients, optimizer and the backend's buffers take on each device, whatever the data.
+
+What each backend keeps, in bytes a parameter (c: 2 in bf16, 4 in fp32; P of the model, N of them trained; W processes,
+S shards of an FSDP copy; /W: split over the processes):
+
+| backend   | weights         | masters     | AdamW  | gradients         |
+|-----------|-----------------|-------------|--------|-------------------|
+| none      | 4 P             |             | 8 N    | 4 N               |
+| fsdp      | 4 N/S + c (P-N)/S | the weights | 8 N/S | 4 N/S            |
+| ZeRO 0    | 4 P             |             | 8 N    | 4 N               |
+| ZeRO 1    | c P             | 4 N/W       | 8 N/W  | 4 N               |
+| ZeRO 2    | c P             | 4 N/W       | 8 N/W  | 4 N/W             |
+| ZeRO 3    | c P/W           | 4 N/W       | 8 N/W  | 4 N/W             |
+
+Masters are counted with the optimizer. Offloaded states lie in host memory instead.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from engine.config import Settings
+from engine.model.packed import PackedHiggsAudio
+
+IN_THE_STEP = 8
+"""Bytes for each value of one tensor: the norm reads it in fp64; AdamW, where not fused, has two temporaries of it."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model: all, those trained, of the largest layer, outside all layers, of the largest tensor."""
+
+    total: int
+    trained: int
+    layer: int
+    outside: int
+    largest: int
+
+    @classmethod
+    def of(cls, model: nn.Module, core: PackedHiggsAudio) -> "Sizes":
+        everything = [p.numel() for p in model.parameters()]
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in core.model.layers]
+        return cls(sum(everything), sum(trained), max(layers), sum(everything) - sum(layers), max(trained))
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on one device.
+
+    Attributes:
+        weights, gradients, optimizer: gradients when all of them are there.
+        buffers: gathered weights and gradients on their way, while forward and backward run.
+        step: what the optimizer's step takes beside the states, when activations are gone.
+        keeps_gradients: whether they have their memory from the start, not as the backward makes them.
+        host: bytes of what is offloaded, in host memory.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    step: float
+    keeps_gradients: bool = False
+    host: float = 0.0
+
+
+def states(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -> States:
+    """The states of one of `processes`."""
+    if settings.backend == "fsdp":
+        return _fsdp(sizes, settings, processes // settings.fsdp_replicas)
+    if settings.backend == "none":
+        return States(4 * sizes.total, 4 * sizes.trained, 8 * sizes.trained, 0, IN_THE_STEP * sizes.largest)
+    return _deepspeed(sizes, settings, processes, on_gpu)
+
+
+def _fsdp(sizes: Sizes, settings: Settings, shards: int) -> States:
+    """A layer and the next one are gathered, each through a buffer of its size, and reduced in fp32."""
+    c = 2 if settings.bf16 else 4
+    trained, frozen = sizes.trained / shards, (sizes.total - sizes.trained) / shards
+    gathered = 3 * sizes.layer if settings.fsdp_reshard_after_forward else sizes.total - sizes.outside + sizes.layer
+    share = sizes.trained / sizes.total
+    reduced = share * sizes.layer * (c + 4)
+    outside_at_the_end = share * sizes.outside * (c + 4)
+    return States(
+        weights=4 * trained + c * frozen,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        buffers=c * (sizes.outside + gathered) + reduced,
+        step=max(IN_THE_STEP * sizes.largest / shards, outside_at_the_end),
+    )
+
+
+def _deepspeed(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -> States:
+    zero = json.loads(Path(settings.ds_config).read_text()).get("zero_optimization", {})
+    stage, c = zero.get("stage", 0), 2 if settings.bf16 else 4
+    if not stage:
+        return States(4 * sizes.total, 4 * sizes.trained, 8 * sizes.trained, 0, IN_THE_STEP * sizes.largest)
+    mine = sizes.trained / processes
+    weights = c * sizes.total / (processes if stage == 3 else 1)
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        weights += c * sizes.total / zero["zero_hpz_partition_size"]
+    bucket = min(zero.get("reduce_bucket_size", 5e8), sizes.trained)
+    buffers = 4 * bucket * (2 if zero.get("overlap_comm", stage == 3) else 1)
+    if stage == 3:
+        buffers += c * min(zero.get("stage3_max_live_parameters", 1e9), sizes.total)
+    optimizer, gradients, host = 12 * mine, 4 * (sizes.trained if stage == 1 else mine), 0.0
+    # the step makes the gradients one flat tensor; stage 3 steps a group of `sub_group_size` at a time
+    flat = min(mine, zero.get("sub_group_size", 1e9)) if stage == 3 else mine
+    step = 4 * flat if on_gpu else 12 * flat
+    if "offload_optimizer" in zero:
+        host, optimizer, gradients, step = optimizer + gradients, 0.0, 0.0, 0.0
+    if "offload_param" in zero:
+        host, weights = host + weights, 0.0
+    return States(weights, gradients, optimizer, buffers, step, keeps_gradients=stage == 3, host=host)
