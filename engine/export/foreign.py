@@ -164,4 +164,11 @@ def _deepspeed_records() -> list:
         from deepspeed.utils.tensor_fragment import fragment_address
     except ImportError:  # of universal checkpoints most hold none
         return []
-    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+
+    def member(enumeration: type, name: str):
+        if enumeration is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"GLOBAL {enumeration}.{name}")
+        return enumeration[name]
+
+    # Python 3.11.0 to 3.11.3 pickles a member of an enumeration as an attribute: this one's may be asked for, no other
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address, (member, "builtins.getattr")]

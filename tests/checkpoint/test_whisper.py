@@ -65,7 +65,7 @@ def test_a_full_run_leaves_a_model_with_its_conditioning_beside(case, runs, tmp_
     new = InitialWeights(WeightFiles(runs / "model"), Settings().seed, of_folder(runs / "whisper", 48))
     assert not torch.equal(kept["projection.weight"], new.read("whisper.projection.weight", torch.Size([48, 32])))
     loaded = engine(tmp_path / "out")
-    assert loaded.summary[-1] == f"whisper_conditioning: auto → {FOLDER}/ of this checkpoint"
+    assert f"whisper_conditioning: auto → {FOLDER}/ of this checkpoint" in loaded.summary
     state = loaded.backend.model.state_dict()
     assert all(torch.equal(state[f"whisper.{name}"], tensor) for name, tensor in kept.items())
     assert len(kept) == sum(name.startswith("whisper.") for name in state)
