@@ -30,7 +30,7 @@ from benchmarks.length_mix import describe_mix, make_samples
 from benchmarks.random_weights import GEOMETRIES, RandomWeights, configuration
 from benchmarks.rates import flops_of, print_report, step_seconds, summarise
 from benchmarks.stopwatch import PeakMemory, Stopwatch, hardware, slug, versions
-from engine.config import SCHEMA, Settings
+from engine.config import FIELDS, SCHEMA, Settings
 from engine.config_sources import Reading
 from engine.data.batches import BatchPlan, Step
 from engine.data.labels import Sample
@@ -241,6 +241,12 @@ def main() -> None:
     exit_cleanly(0)
 
 
+def _published(settings: Settings) -> dict:
+    """The settings without the paths of the machine."""
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if not FIELDS[name].metadata["path"]}
+    return values | {"ds_config": Path(settings.ds_config).stem}
+
+
 def run(args: argparse.Namespace, settings: Settings, world: World) -> dict:
     files = RandomWeights(configuration(args.geometry), world.device, settings.seed)
     samples, steps = make_work(args, settings, files)
@@ -257,7 +263,7 @@ def run(args: argparse.Namespace, settings: Settings, world: World) -> dict:
         "date": datetime.now(timezone.utc).date().isoformat(),
         "hardware": machine, "processes": world.size, "versions": versions(),
         "settings": {name: value for name, value in vars(args).items() if name != "out"},
-        "engine_settings": dataclasses.asdict(settings), "parameters": Parameters.of(files.config).total,
+        "engine_settings": _published(settings), "parameters": Parameters.of(files.config).total,
         "samples": describe_mix([job.chosen(m) for step in steps for m in step.micro_batches]),
         "check": checked, "results": results, "out_of_memory": [row.name for row in rows if row.name not in results],
         "communication_seconds": communication(rows[0], job, steps),
