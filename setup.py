@@ -19,9 +19,10 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "flash": ["flash-attn"],  # compiles against the installed torch: pip install --no-build-isolation
-    "kernels": ["liger-kernel"],  # fused norms and SwiGLU; so far only tests/gpu tries them
+    "kernels": ["liger-kernel"],  # fused norms, rotary positions and SwiGLU, on a GPU
+    "lowbit": ["torchao>=0.18,<0.19"],  # float8 products; pure Python or abi3, for torch from 2.11 on
     "parquet": ["pyarrow"],  # data in Parquet files
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyarrow"],
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyarrow", "torchao>=0.18,<0.19"],
 }
 
 setup(

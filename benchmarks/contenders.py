@@ -60,7 +60,8 @@ class _Dataset(list):
 
 class Packed:
     def __init__(self, job: Job):
-        self.job, self.rounds = job, -(-job.settings.micro_batches_per_step // job.world.size)
+        self.reader, self.readers = job.world.in_groups(of=job.settings.processes_per_row)
+        self.job, self.rounds = job, -(-job.settings.micro_batches_per_step // self.readers)
         self.engine = HiggsEngine(job.settings, job.world, job.files, self.rounds)
         backend = self.engine.backend
         for method, part in {"forward": "forward", "backward": "backward", "step": "optimizer"}.items():
@@ -83,10 +84,11 @@ class Packed:
 
     def _batches(self, steps: Sequence[Step]) -> Iterator:
         job = self.job
-        mine = [m for step in steps for m in step.share(job.world.rank, job.world.size, self.rounds)]
+        mine = [m for step in steps for m in step.share(self.reader, self.readers, self.rounds)]
         return packed_batches(
             _Dataset(job.samples), mine, audio_token_id=job.files.config.audio_token_id,
             workers=job.settings.dataloader_num_workers, device=job.world.device,
+            piece=(job.world.rank % job.settings.sequence_parallel_size, job.settings.sequence_parallel_size),
         )  # fmt: skip
 
     def _targets(self, step: Step) -> Targets:
@@ -126,9 +128,7 @@ class Native:
         if checkpointing:
             core.activation_checkpointing_enable({"use_reentrant": False})
         core.config.use_cache = False
-        self.optimizer = make_adamw(
-            optimizer_groups(self.model, decayed(self.model), settings.weight_decay), settings, device
-        )
+        self.optimizer = make_adamw(optimizer_groups(self.model, decayed(self.model), settings.weight_decay), settings)
 
     def layout(self, samples: Sequence[Sample]) -> tuple[list[int], int | None]:
         lengths = [len(s) for s in samples]

@@ -1,7 +1,8 @@
 """The rows of the throughput table: the peers first, then this engine, one change a row."""
 
 import dataclasses
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ class Row:
     Attributes:
         native: arguments of the peer.
         trainer: the peer in the HF Trainer.
+        tolerance: of its loss and gradients in the comparison before; None: that of the dtype.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Row:
     engine: str | None = None
     native: dict[str, Any] | None = None
     trainer: bool = False
+    tolerance: tuple[float, float] | None = None
 
     @property
     def settings(self) -> dict[str, Any] | None:
@@ -66,12 +69,28 @@ def ladder(job: Job, names: Sequence[str] | None) -> list[Row]:
     ]
     for name in _other_kernels(job):
         rows.append(Row(f"packed_{name}", f"… attention: {name}", f"{usual} {kept} --attention {name}"))
+    rows += [
+        Row(f"packed_{name}", f"… {flags.replace('--', '')}", f"{usual} {kept} {flags}", tolerance=tolerance)
+        for name, flags, tolerance in _switches(job)
+    ]
     for name in ("fsdp", "deepspeed") if job.settings.bf16 else ("none", "fsdp", "deepspeed"):
         if name != job.settings.backend:
             rows.append(Row(f"packed_{name}", f"… backend: {name}", f"{kept} --backend {name}"))
     if unknown := set(names or ()) - {row.name for row in rows}:
         raise SystemExit(f"--rows: {', '.join(sorted(unknown))} → some of {', '.join(row.name for row in rows)}")
     return [row for row in rows if not names or row.name in names]
+
+
+def _switches(job: Job) -> Iterator[tuple[str, str, tuple[float, float] | None]]:
+    """Name, flags and tolerance of what is off by default and works here."""
+    yield "compiled", "--torch_compile", None
+    if job.world.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        yield "liger", "--use_liger_kernel", None
+    for dtype in ("bf16", "int8"):
+        backend = "--backend fsdp " if job.settings.backend == "deepspeed" else ""
+        yield f"{dtype}_states", f"{backend}--optimizer_state_dtype {dtype}", None
+    if job.world.device.type == "cuda" and importlib.util.find_spec("torchao"):
+        yield "float8", "--backend fsdp --float8 --torch_compile", (5e-2, 0.3)  # three bits of mantissa
 
 
 def _other_kernels(job: Job) -> list[str]:

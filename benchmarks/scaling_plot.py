@@ -2,8 +2,9 @@
 
 import math
 
+from benchmarks.svg import COLOURS, drawing, line, text
+
 WIDTH, HEIGHT, LEFT, TOP, GAP = 380, 300, 50, 40, 60
-COLOURS = ("#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b")
 TOP_MFU = 0.8
 
 
@@ -15,17 +16,6 @@ def _y(mfu: float) -> float:
     return TOP + HEIGHT * (1 - mfu / TOP_MFU)
 
 
-def _text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#333", size: int = 12) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{words}</text>'
-
-
-def _line(points: list[tuple[float, float]], colour: str, width: float = 1, dashes: str = "") -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return (
-        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
-    )
-
-
 def svg(panels: dict[str, dict[str, dict[int, float]]], ceiling: float) -> str:
     """A drawing of `panels`: title -> name of the line -> GPUs -> MFU, with a dashed line at `ceiling`."""
     parts = []
@@ -33,19 +23,18 @@ def svg(panels: dict[str, dict[str, dict[int, float]]], ceiling: float) -> str:
         sizes = list(next(iter(lines.values())))
         ends = sizes[0], sizes[-1]
         left, right = _x(number, ends[0], *ends), _x(number, ends[1], *ends)
-        parts.append(_text((left + right) / 2, TOP - 16, title, size=14))
+        parts.append(text((left + right) / 2, TOP - 16, title, size=14))
         for step in range(0, 9, 2):
-            parts.append(_line([(left, _y(step / 10)), (right, _y(step / 10))], "#ddd"))
-            parts.append(_text(left - 8, _y(step / 10) + 4, f"{step * 10} %", "end"))
+            parts.append(line([(left, _y(step / 10)), (right, _y(step / 10))], "#ddd"))
+            parts.append(text(left - 8, _y(step / 10) + 4, f"{step * 10} %", "end"))
         for gpus in sizes:
-            parts.append(_text(_x(number, gpus, *ends), TOP + HEIGHT + 18, str(gpus)))
-        parts.append(_text((left + right) / 2, TOP + HEIGHT + 36, "GPUs"))
-        parts.append(_line([(left, _y(ceiling)), (right, _y(ceiling))], "#333", dashes="5 4"))
-        parts.append(_text(right, _y(ceiling) - 5, "matmuls at their best", "end"))
+            parts.append(text(_x(number, gpus, *ends), TOP + HEIGHT + 18, str(gpus)))
+        parts.append(text((left + right) / 2, TOP + HEIGHT + 36, "GPUs"))
+        parts.append(line([(left, _y(ceiling)), (right, _y(ceiling))], "#333", dashes="5 4"))
+        parts.append(text(right, _y(ceiling) - 5, "matmuls at their best", "end"))
         for place, (name, values) in enumerate(lines.items()):
             colour = COLOURS[place % len(COLOURS)]
-            parts.append(_line([(_x(number, gpus, *ends), _y(mfu)) for gpus, mfu in values.items()], colour, 2))
-            parts.append(_text(left + 12, TOP + HEIGHT - 12 - 16 * (len(lines) - 1 - place), name, "start", colour))
+            parts.append(line([(_x(number, gpus, *ends), _y(mfu)) for gpus, mfu in values.items()], colour, 2))
+            parts.append(text(left + 12, TOP + HEIGHT - 12 - 16 * (len(lines) - 1 - place), name, "start", colour))
     width, height = LEFT + len(panels) * (WIDTH + GAP), TOP + HEIGHT + 50
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">'
-    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *parts, "</svg>"]) + "\n"
+    return drawing(width, height, parts)

@@ -56,6 +56,15 @@ class Settings:
         choices=("auto", "flash", "varlen", "flex", "sdpa"))
     bf16: bool | None = _model(
         None, "bf16 compute, fp32 master weights; false: fp32 throughout; none: true on GPU unless backend is none")
+    float8: bool = _model(
+        False, "matrix products of attention and FFNs in float8, scaled a tensor at a time (torchao): for full "
+        "training on GPUs of Hopper's kind or newer, backend fsdp; rounds more coarsely than bf16")
+    torch_compile: bool = _model(
+        False, "compile the decoder layers: fewer, fused kernels; the first steps take minutes. Not with ZeRO 3, nor "
+        "attention: flex")
+    use_liger_kernel: bool = _model(
+        False, "Liger's fused norms, rotary positions and SwiGLU (GPU; pip install 'higgs-engine[kernels]'); "
+        "torch_compile fuses them itself")
     gradient_checkpointing: str = _model(
         "auto", "what the backward computes again instead of keeping it: none; selective (all but matrix products and "
         "attention: half the memory, a few per cent more compute); full (whole layers: the least memory, a third more "
@@ -113,7 +122,7 @@ class Settings:
     per_device_train_batch_size: int | None = _batch(None, "samples of a micro-batch; none: no limit", at_least=1)
     micro_batches_per_step: int | None = _batch(
         None, "micro-batches of an optimizer step over all processes together, so that steps are the same on "
-        "any number of GPUs; none: gradient accumulation times processes", at_least=1)
+        "any number of GPUs; none: gradient accumulation times rows that are worked on at a time", at_least=1)
     gradient_accumulation_steps: int | None = _batch(
         None, "micro-batches of a step in each process; none: 1, or as the setting before says", at_least=1)
 
@@ -128,6 +137,10 @@ class Settings:
     adam_beta1: float = _optim(0.9, "decay of the gradient's mean", at_least=0, below=1)
     adam_beta2: float = _optim(0.95, "decay of the gradient's square", at_least=0, below=1)
     adam_epsilon: float = _optim(1e-8, "added to the update's denominator", above=0)
+    optimizer_state_dtype: str = _optim(
+        "fp32", "what AdamW's two moments are kept in: fp32 (8 bytes a parameter), bf16 (4) or int8 (2, logarithms "
+        "with a scale for 256 neighbours; not with deepspeed); below fp32 they are rounded at random, right on average",
+        choices=("fp32", "bf16", "int8"))
     max_grad_norm: float = _optim(1.0, "norm to which gradients are clipped; 0: never", at_least=0)
     text_loss_weight: float = _optim(1.0, "weight of the text head's loss", at_least=0)
     audio_loss_weight: float = _optim(1.0, "weight of the audio loss, a mean over codebooks", at_least=0)
@@ -158,8 +171,17 @@ class Settings:
     ds_config: str = _backend("zero2", "DeepSpeed settings: a JSON file, or the name of one in ds_configs/")
     fsdp_reshard_after_forward: bool = _backend(
         True, "free a layer's weights after its forward: less memory, one more gather in the backward")
+    fsdp_reduce_once: bool | None = _backend(
+        None, "sum gradients over processes once a step, not in every micro-batch: less communication, but whole fp32 "
+        "gradients in each process meanwhile; none: with LoRA, whose gradients are small")
     fsdp_replicas: int = _backend(
         1, "copies of the model, each sharded over processes / copies (hybrid sharding)", at_least=1)
+    sequence_parallel_size: int = _backend(
+        1, "neighbouring processes that share each packed row, a piece of it each (Ulysses): for long samples; divides "
+        "the model's key-value heads", at_least=1)
+    tensor_parallel_size: int = _backend(
+        1, "neighbouring processes that share each matrix product (DeepSpeed's AutoTP, not with ZeRO 3): for GPUs too "
+        "small for a layer's work, within one machine; divides the model's key-value heads", at_least=1)
     collective_timeout_minutes: float = _backend(
         30.0, "minutes after which a process that waits for the others gives up", above=0)
 
@@ -225,8 +247,32 @@ class Settings:
                 yield f"{name}: has no meaning without LoRA → add use_lora, or remove {name}"
         if self.bf16 and self.backend == "none":
             yield "bf16: backend none computes in fp32 only → set backend to fsdp, which runs in one process too"
+        if self.float8:
+            if self.backend != "fsdp":
+                yield (f"float8: backend {self.backend} keeps gathered weights for their products' backward → set "
+                       "backend to fsdp, which runs in one process too")
+            if self.bf16 is False:
+                yield "float8: starts from bf16 → set bf16 to true, or float8 to false"
+            if self.use_lora:
+                yield "float8: computes the gradients of frozen weights too, no gain with LoRA → set float8 to false"
+        if self.optimizer_state_dtype == "int8" and self.backend == "deepspeed":
+            yield ("optimizer_state_dtype: int8 has scales for the shards of fsdp, not for deepspeed's → set backend "
+                   "to fsdp, or optimizer_state_dtype to bf16")
         if self.fsdp_replicas != 1 and self.backend != "fsdp":
             yield f"fsdp_replicas: has no meaning for backend {self.backend} → set backend to fsdp"
+        if self.sequence_parallel_size > 1 and self.backend == "none":
+            yield "sequence_parallel_size: backend none is one process → set backend to fsdp or deepspeed"
+        if self.torch_compile and self.use_liger_kernel:
+            yield "use_liger_kernel, torch_compile: both fuse the same operations → one of them"
+        if self.torch_compile and self.processes_per_row > 1:
+            yield "torch_compile: not with processes that share a row → leave it out, or set their number to 1"
+        if self.tensor_parallel_size > 1:
+            if self.backend != "deepspeed":
+                yield f"tensor_parallel_size: has no meaning for backend {self.backend} → set backend to deepspeed"
+            if self.sequence_parallel_size > 1:
+                yield "tensor_parallel_size, sequence_parallel_size: only one of them may be above 1 → 1 for the other"
+            if self.use_lora:
+                yield "tensor_parallel_size: cuts matrices, not adapters → train in full, or set it to 1"
 
     def _data_problems(self) -> Iterator[str]:
         layout = TASK_TYPES.get(self.prompt_layout, self.prompt_layout)
@@ -282,6 +328,11 @@ class Settings:
         data = [*self.train_data_file, *self.eval_data_file]
         return bool(data) and all(os.path.isfile(os.path.join(path, "header.json")) for path in data)
 
+    @property
+    def processes_per_row(self) -> int:
+        """Neighbouring processes that work on the same packed row."""
+        return self.sequence_parallel_size * self.tensor_parallel_size
+
     def with_resolved(self, world_size: int, has_gpu: bool, resumed_step: int | None = None) -> "Settings":
         """These settings with each automatic value decided for `world_size` processes.
 
@@ -293,15 +344,20 @@ class Settings:
         total, each = self.micro_batches_per_step, self.gradient_accumulation_steps
         if resumed_step and total is None:
             total, each = resumed_step, None
-        product = (each or 1) * world_size
+        together = self.processes_per_row
         problems = []
+        if world_size % together:
+            name = "tensor_parallel_size" if self.tensor_parallel_size > 1 else "sequence_parallel_size"
+            problems.append(f"{name}: {world_size} processes are not groups of {together} → a divisor of {world_size}")
+        readers = max(world_size // together, 1)
+        product = (each or 1) * readers
         if total and each and total != product:
             problems.append(
-                f"micro_batches_per_step: {total} is not gradient_accumulation_steps × processes = {each} × "
-                f"{world_size} → give only one of them, or --micro_batches_per_step {product}")
-        elif total and total < world_size:
+                f"micro_batches_per_step: {total} is not gradient_accumulation_steps × rows at a time = {each} × "
+                f"{readers} → give only one of them, or --micro_batches_per_step {product}")
+        elif total and total < readers:
             problems.append(f"micro_batches_per_step: {total} leaves some of {world_size} processes idle → "
-                            f"set at least {world_size}, or start at most {total}")
+                            f"set at least {readers}, or start at most {total * together}")
         if self.backend == "none" and world_size > 1:
             problems.append(f"backend: none is one process, not {world_size} → set it to deepspeed or fsdp")
         if world_size % self.fsdp_replicas:
@@ -314,6 +370,7 @@ class Settings:
             bf16=has_gpu and self.backend != "none" if self.bf16 is None else self.bf16,
             max_tokens_per_micro_batch=8192 if unlimited else self.max_tokens_per_micro_batch,
             micro_batches_per_step=total or product,
+            fsdp_reduce_once=self.use_lora if self.fsdp_reduce_once is None else self.fsdp_reduce_once,
             gradient_accumulation_steps=None,
         )
 

@@ -17,10 +17,10 @@ from engine.backends.tensors import State, read_tensors
 from engine.config import Settings
 from engine.data.packing import PackedBatch
 from engine.errors import ConfigError
-from engine.model import attention, whisper_source
+from engine.model import attention, compiled, float8, fused, ulysses, whisper_source
 from engine.model.adapter_files import open_adapter
 from engine.model.initial import InitialWeights, build_on_meta
-from engine.model.packed import install
+from engine.model.packed import PackedHiggsAudio, install
 from engine.model.trainable import choose_trainable, decayed, describe
 from engine.model.weights import WeightFiles
 from engine.plan.activations import Row
@@ -70,9 +70,10 @@ class HiggsEngine:
     """
 
     def __init__(self, settings: Settings, world: World, files: WeightFiles, rounds: int, row: Row | None = None):
-        self.settings, self.world, self.config = settings, world, files.config
+        self.settings, self.world, self.config, self.rounds = settings, world, files.config, rounds
         dtype = torch.bfloat16 if settings.bf16 else torch.float32
         self.attention = attention.choose(settings.attention, world.device, dtype)
+        self._require_possible()
         core = build_on_meta(files.config)
         self.whisper, whisper_line = whisper_source.resolve(settings.whisper_conditioning, files)
         if self.whisper and settings.freeze_audio_encoder_proj and not self.whisper.has_projection:
@@ -82,14 +83,38 @@ class HiggsEngine:
         weights.check(model)
         row = row or Row.typical(settings.max_tokens_per_micro_batch or 8192)
         self.checkpointing, plan = for_training(files.config, settings, world, row, self.whisper)
-        install(core, self.attention, self.checkpointing)
+        self._install_forward(core)
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.summary = describe(model, settings) + ([whisper_line] if whisper_line else [])
         expected = f"; expected at the peak: {plan.peak / GIB:,.1f} GiB a process" if plan else ""
+        if settings.float8:
+            self.summary.append("float8: products of attention and FFNs, scaled a tensor at a time")
         self.summary.append(f"gradient_checkpointing: {self.checkpointing}{expected}")
         self._shapes = shapes
         blueprint = Blueprint(model, core, weights, decayed(model), shapes)
         self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)
+
+    def _require_possible(self) -> None:
+        settings, device = self.settings, self.world.device
+        problems = [
+            *compiled.problems(settings, self.attention, device),
+            *fused.problems(settings, device),
+            *float8.problems(settings, device),
+            *ulysses.problems(self.config, settings),
+        ]
+        if problems:
+            raise ConfigError("the settings cannot be used with this model on this machine", problems)
+
+    def _install_forward(self, core: PackedHiggsAudio) -> None:
+        """The packed forward, and what the settings put in its place."""
+        settings, pieces = self.settings, self.settings.sequence_parallel_size
+        install(core, self.attention, self.checkpointing, settings.torch_compile)
+        if settings.use_liger_kernel:
+            fused.install(core)
+        if settings.float8:
+            float8.install(core)
+        if pieces > 1:
+            core.attend = ulysses.over_pieces(core.attend, pieces, ulysses.neighbours(pieces))
 
     def train_step(self, batches: Iterable[PackedBatch], targets: Targets, learning_rate: float) -> StepResult:
         """One optimizer step over this process's micro-batches."""
@@ -97,14 +122,17 @@ class HiggsEngine:
         return StepResult(sums, self.backend.step(learning_rate))
 
     def accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> torch.Tensor:
-        """Forward and backward of all micro-batches of a step; returns this process's sums (fp32 [1 + C])."""
+        """Forward and backward of all micro-batches of a step; returns this process's sums (fp32 [1 + C]).
+
+        Those of all processes add up to the step's: where several have the same row, each counts its share.
+        """
         weights = self._weights(targets)
         total = torch.zeros(1 + self.config.num_codebooks, device=self.world.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             loss, sums = self.backend.forward(batch.to(self.world.device), *weights)
-            self.backend.backward(loss)
+            self.backend.backward(loss, last=number == self.rounds)
             total += sums
-        return total
+        return total / self.settings.tensor_parallel_size
 
     def _weights(self, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         """What one text target and one target of each codebook count in the loss of a step."""
@@ -124,14 +152,14 @@ class HiggsEngine:
         for batch in batches:
             total += self.backend.forward(batch.to(self.world.device), *weights)[1]
         self.backend.model.train()
-        return total
+        return total / self.settings.tensor_parallel_size
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full fp32 gradients between `accumulate` and the step; every process must ask."""
         return self.backend.gradients()
 
     def state(self) -> State:
-        """This process's fragments of weights and optimizer, as views of the training's memory."""
+        """This process's fragments of weights and optimizer (Backend.state); every process must ask."""
         return self.backend.state()
 
     def stored_shapes(self) -> dict[str, list[int]]:
@@ -144,5 +172,6 @@ class HiggsEngine:
         Raises:
             CheckpointError: it is of another model, trained something else, or cannot be read.
         """
-        read_tensors(self.backend.state(), folder)
-        self.backend.restored()
+        state = self.backend.state()
+        read_tensors(state, folder)
+        self.backend.restored(state)

@@ -35,6 +35,7 @@ from engine.model.weights import WeightFiles, load_tokenizer
 from engine.observe.metrics import Meter, MetricsFile, losses
 from engine.observe.progress import Progress, format_step
 from engine.plan.activations import Row, longest_row
+from engine.runtime import garbage
 from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
 from engine.schedule import learning_rate
 
@@ -70,7 +71,8 @@ class Run:
         self.output_dir = Path(settings.output_dir)
         self.progress = Progress(world)
         self._prepare_output()
-        torch.manual_seed(settings.seed + world.rank)  # dropout differs between processes
+        # dropout differs between processes, but not between those that compute the same
+        torch.manual_seed(settings.seed + world.rank // settings.tensor_parallel_size)
 
         self.files = WeightFiles(settings.model_path)
         self.base = self.files.fingerprint()
@@ -80,7 +82,9 @@ class Run:
 
         self.plan = _plan(self.data, settings)
         self.total = self.plan.total_steps
-        self.rounds = self.plan.rounds(world.size)
+        self.reader, self.readers = world.in_groups(of=settings.processes_per_row)
+        self.piece = world.rank % settings.sequence_parallel_size, settings.sequence_parallel_size
+        self.rounds = self.plan.rounds(self.readers)
         row = Row.of(self.data, longest_row(self.data.lengths, settings))
         self.engine = HiggsEngine(settings, world, self.files, self.rounds, row)
         self.saver = Saver(
@@ -161,9 +165,11 @@ class Run:
             f"{self.rounds} on each of {self.world.size} process(es); "
             f"about {int(self.data.lengths.sum()) / steps:,.0f} tokens a step"
         )
-        idle = self.rounds * self.world.size - settings.micro_batches_per_step
+        if settings.sequence_parallel_size > 1:
+            say(f"sequence_parallel_size: {settings.sequence_parallel_size} processes share each row")
+        idle = self.rounds * self.readers - settings.micro_batches_per_step
         if idle:
-            say(f"note: {self.world.size} processes do not divide micro_batches_per_step: {idle} idle slot(s) a step")
+            say(f"note: {self.readers} rows at a time do not divide micro_batches_per_step: {idle} idle slot(s) a step")
         if settings.warmup_steps >= self.total:
             say(f"note: warmup_steps {settings.warmup_steps} is not reached within {self.total} steps")
 
@@ -177,9 +183,11 @@ class Run:
         batches = self._batches(start)
         self.progress.start(start, self.total)
         try:
-            for step in self.plan.steps(start):
-                self.saver.poll()
-                self._step(step, batches)
+            with garbage.at_chosen_steps() as collect:
+                for step in self.plan.steps(start):
+                    self.saver.poll()
+                    self._step(step, batches)
+                    collect(step.number)
             self.saver.finish()
         except BaseException:
             self.saver.leave()
@@ -188,11 +196,11 @@ class Run:
         self._finish()
 
     def _batches(self, start: int) -> Iterator[PackedBatch]:
-        rank, size = self.world.rank, self.world.size
-        micro_batches = (m for step in self.plan.steps(start) for m in step.share(rank, size, self.rounds))
+        steps = self.plan.steps(start)
+        micro_batches = (m for step in steps for m in step.share(self.reader, self.readers, self.rounds))
         return packed_batches(
             self.data, micro_batches, audio_token_id=self.files.config.audio_token_id,
-            workers=self.settings.dataloader_num_workers, device=self.world.device,
+            workers=self.settings.dataloader_num_workers, device=self.world.device, piece=self.piece,
         )  # fmt: skip
 
     def _step(self, step: Step, batches: Iterator[PackedBatch]) -> None:
@@ -235,11 +243,11 @@ class Run:
     def _evaluate(self, done: int) -> float:
         """The loss on the held-out data, the same on all processes."""
         settings, data = self.settings, self.eval_data
-        rounds = -(-len(self.eval_rows) // self.world.size)
-        mine = Step(0, 0, self.eval_rows).share(self.world.rank, self.world.size, rounds)
+        rounds = -(-len(self.eval_rows) // self.readers)
+        mine = Step(0, 0, self.eval_rows).share(self.reader, self.readers, rounds)
         token = self.files.config.audio_token_id
         sums = self.engine.evaluate(
-            packed_batches(data, mine, audio_token_id=token, workers=0, device=self.world.device)
+            packed_batches(data, mine, audio_token_id=token, workers=0, device=self.world.device, piece=self.piece)
         )
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)

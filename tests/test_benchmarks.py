@@ -160,3 +160,14 @@ def test_memory(tmp_path):
     found = report["results"]["none/none"]
     assert abs(found["ratio"] - found["planned"] / found["measured"]) < 1e-9 and 0.8 < found["ratio"] < 1.2
     assert "| none, none | " in printed
+
+
+def test_long_samples_take_no_more_for_a_token():
+    """What was published: flat up to 32k tokens, and half of it in two processes that share the row."""
+    (file, *_) = sorted((ROOT / "benchmarks" / "results").glob("long_sequences_*.json"), reverse=True)
+    results = json.loads(file.read_text())["results"]
+    one, two = (results[f"measured, pieces {n}"] for n in (1, 2))
+    assert list(one) == list(two) == ["4096", "8192", "16384", "32768"]
+    assert max(one.values()) < 1.1 * min(one.values())
+    assert all(0.45 < two[length] / one[length] < 0.55 for length in one)
+    assert sum(name.startswith("planned") for name in results) == 3 * 4

@@ -64,8 +64,8 @@ class Backend(ABC):
         """Loss and sums of one micro-batch (PackedHiggsAudio.forward)."""
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of one micro-batch's loss to those of the step."""
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds the gradients of one micro-batch's loss to those of the step. `last`: none follows in this step."""
 
     @abstractmethod
     def step(self, learning_rate: float) -> torch.Tensor:
@@ -77,12 +77,16 @@ class Backend(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """This process's fragments of weights and optimizer, as views of the training's own memory."""
+        """This process's fragments of weights and optimizer, as views of the training's own memory.
+
+        Where no view shows it (a weight cut as in tensor_parallel.py, a moment in 8 bits) a copy, which
+        `restored` brings back. A collective: every process must ask.
+        """
 
     def stored(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters whose values belong into a checkpoint."""
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad or not self.adapters_only)
 
     @abstractmethod
-    def restored(self) -> None:
-        """To be called when that memory has been filled from a checkpoint."""
+    def restored(self, state: State) -> None:
+        """To be called when a `state` of this backend has been filled from a checkpoint."""

@@ -4,6 +4,7 @@ The JSON file of `ds_config` holds the choices of ZeRO; batch, precision and cli
 are filled in here, and a file that says otherwise is refused. What DeepSpeed gets wrong by default is set right:
 gradients are summed, not averaged; clipping is written out (its default is 1.0, not off); gradients accumulate and
 travel in fp32; checkpoints are the engine's own (tensors.py), not pickles that only the same processes can read.
+With `tensor_parallel_size` its AutoTP cuts the layers' matrices (tensor_parallel.py).
 """
 
 import json
@@ -19,11 +20,13 @@ from deepspeed.utils import groups as process_groups
 from deepspeed.utils import safe_get_full_grad
 
 from engine.backends.base import Backend, Blueprint
+from engine.backends.tensor_parallel import CutWeights, add_up_once, autotp_section
 from engine.backends.tensors import State
 from engine.backends.torch_optimizer import clip_, global_norm, make_adamw, set_learning_rate, share_step, state_of
 from engine.backends.zero_state import zero_restored, zero_state
 from engine.config import Settings
 from engine.errors import ConfigError
+from engine.model.cut import require_divisible
 from engine.model.initial import fill, fill_module, rebuild_buffers
 from engine.model.trainable import optimizer_groups
 from engine.runtime.distributed import World
@@ -39,12 +42,25 @@ def complete_config(settings: Settings, processes: int, rounds: int) -> dict:
         given = json.loads(Path(settings.ds_config).read_text())
     except ValueError as error:
         raise ConfigError(f"{settings.ds_config}: not valid JSON: {error}.") from None
-    stage = given.get("zero_optimization", {}).get("stage", 0)
+    filled = _filled(given, settings, rounds)
+    problems = list(_contradictions(given, filled, settings, processes))
+    if problems:
+        raise ConfigError(f"ds_config {settings.ds_config}:", problems)
+    parts = settings.tensor_parallel_size
+    return given | filled | ({"tensor_parallel": autotp_section(parts)} if parts > 1 else {})
+
+
+def _stage(config: dict) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _filled(given: dict, settings: Settings, rounds: int) -> dict:
+    """What the settings say, in DeepSpeed's words; a file may repeat it."""
     filled = {
         "train_micro_batch_size_per_gpu": 1,  # one packed row
         "gradient_accumulation_steps": rounds,
         # without ZeRO the engine clips itself, with a norm as exact as ZeRO's
-        "gradient_clipping": settings.max_grad_norm if stage else 0.0,
+        "gradient_clipping": settings.max_grad_norm if _stage(given) else 0.0,
         "bf16": {"enabled": bool(settings.bf16)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloaded states too, and needs no compiler
@@ -53,37 +69,43 @@ def complete_config(settings: Settings, processes: int, rounds: int) -> dict:
     }
     if settings.bf16:
         filled |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    problems = [
-        f"{key}: {given[key]!r} contradicts {value!r} of the settings → remove it from the file"
-        for key, value in filled.items()
-        if key in given and given[key] != value
-    ]
-    problems += [
-        f"{key}: the engine sets it itself → remove it" for key in ("optimizer", "scheduler", "fp16") if key in given
-    ]
-    problems += [
-        f"zero_optimization.{key}.device: nvme cannot be checkpointed → cpu"
-        for key in ("offload_optimizer", "offload_param")
-        if given.get("zero_optimization", {}).get(key, {}).get("device") == "nvme"
-    ]
-    in_node = given.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    return filled
+
+
+def _contradictions(given: dict, filled: dict, settings: Settings, processes: int) -> Iterator[str]:
+    """Problems of a file: with the settings, with the processes, with what the engine can do."""
+    zero, stage, parts = given.get("zero_optimization", {}), _stage(given), settings.tensor_parallel_size
+    for key, value in filled.items():
+        if key in given and given[key] != value:
+            yield f"{key}: {given[key]!r} contradicts {value!r} of the settings → remove it from the file"
+    instead = {"optimizer": "", "scheduler": "", "fp16": "", "tensor_parallel": ", and set tensor_parallel_size"}
+    for key, more in instead.items():
+        if key in given:
+            yield f"{key}: the engine sets it itself → remove it{more}"
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            yield f"zero_optimization.{key}.device: nvme cannot be checkpointed → cpu"
+    in_node = zero.get("zero_hpz_partition_size", 1)
     if in_node > 1 and processes % min(in_node, processes):
-        problems.append(
+        yield (
             f"zero_optimization.zero_hpz_partition_size: {in_node} does not divide {processes} processes "
             "→ the number of GPUs of a node, the same in each"
         )
+    if parts > 1 and stage == 3:
+        yield f"tensor_parallel_size: {parts}, but stage 3 wants whole matrices → zero1 or zero2, or size 1"
+    if settings.torch_compile and stage == 3:
+        yield "torch_compile: stage 3 fetches weights inside the layers → backend fsdp, or zero2"
     if settings.bf16 and stage == 0:
-        problems.append("stage 0 keeps no fp32 master weights in bf16 → use zero1, or bf16: false")
-    if problems:
-        raise ConfigError(f"ds_config {settings.ds_config}:", problems)
-    return given | filled
+        yield "stage 0 keeps no fp32 master weights in bf16 → use zero1, or bf16: false"
 
 
 class DeepSpeedBackend(Backend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.world, self.max_norm = world, settings.max_grad_norm
         self.config = complete_config(settings, world.size, rounds)
-        self.stage = self.config.get("zero_optimization", {}).get("stage", 0)
+        self.parts = settings.tensor_parallel_size
+        require_divisible(blueprint.core.config, self.parts)
+        self.stage = _stage(self.config)
         self.dtype = torch.bfloat16 if settings.bf16 else torch.float32
         self.adapters_only = settings.use_lora
         self.shapes = blueprint.shapes
@@ -95,16 +117,19 @@ class DeepSpeedBackend(Backend):
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         self._materialise(blueprint)
         groups = optimizer_groups(blueprint.model, blueprint.decayed, settings.weight_decay)
-        offloaded = "offload_optimizer" in self.config.get("zero_optimization", {})
-        self.optimizer = make_adamw(groups, settings, torch.device("cpu") if offloaded else world.device)
+        self.optimizer = make_adamw(groups, settings)
         self.engine, *_ = deepspeed.initialize(
             model=blueprint.model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
         self.model = self.engine.module
+        self.cuts = self._after_cutting() if self.parts > 1 else None
         if settings.bf16:
             self._fill_masters(blueprint)
         compute = "bf16 compute, fp32 master weights and reduction" if settings.bf16 else "fp32"
-        self.precision = f"{compute}; ZeRO stage {self.stage} over {world.size} process(es)"
+        over = f"{world.size} process(es)"
+        if self.cuts:
+            over = f"{world.size // self.parts} group(s) of {self.parts} processes (tensor parallel)"
+        self.precision = f"{compute}; ZeRO stage {self.stage} over {over}"
 
     def _materialise(self, blueprint: Blueprint) -> None:
         if self.stage < 3:
@@ -125,10 +150,21 @@ class DeepSpeedBackend(Backend):
             )
         rebuild_buffers(blueprint.core, self.world.device)
 
+    def _after_cutting(self) -> CutWeights:
+        # it would pickle the first row and send it through the group; the batch plan gives a group the same rows
+        self.engine.first_dataloader_check.remove()
+        group = process_groups.get_tensor_model_parallel_group()
+        add_up_once(self.model, group)
+        split = self._trained() if self.stage else set()
+        return CutWeights(self.model, self.shapes, self.world, self.parts, group, split)
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     def _fill_masters(self, blueprint: Blueprint) -> None:
         """DeepSpeed makes the fp32 masters of weights already rounded; they start as exact as the files are."""
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        for key, fragment in self.state().items():
+        trained, state = self._trained(), self.state()
+        for key, fragment in state.items():
             kind, _, name = key.partition(".")
             if kind != "model" or name not in trained or not len(fragment.local):
                 continue
@@ -137,15 +173,15 @@ class DeepSpeedBackend(Backend):
             first = fragment.start // row
             rows = blueprint.weights.read(name, shape, first, -(-stop // row)).reshape(-1)
             fragment.local.copy_(rows[fragment.start - first * row : stop - first * row])
-        self.restored()
+        self.restored(state)
 
     def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
         return self.engine(*inputs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over processes and, unless told not to, over accumulation rounds; the engine sums
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
-        if not self.engine.is_gradient_accumulation_boundary():
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        # DeepSpeed averages over groups of processes and, unless told not to, over accumulation rounds; the engine sums
+        self.engine.backward(loss * (self.world.size // self.parts), scale_wrt_gas=False)
+        if not last:
             self.engine.step()
 
     def step(self, learning_rate: float) -> torch.Tensor:
@@ -153,23 +189,37 @@ class DeepSpeedBackend(Backend):
         if self.stage:
             self.engine.step()
             return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = global_norm(gradients, self.world.device)
+        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        gradients = list(named.values())
+        norm = self.cuts.norm(named) if self.cuts else global_norm(gradients, self.world.device)
         clip_(gradients, norm, self.max_norm)
         self.engine.step()
         return norm
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                yield name, safe_get_full_grad(parameter).view(self.shapes[name])
+            if not parameter.requires_grad:
+                continue
+            gradient = safe_get_full_grad(parameter)
+            if self.cuts:
+                yield name, self.cuts.whole(name, gradient.view(parameter.shape))
+            else:
+                yield name, gradient.view(self.shapes[name])
 
     def state(self) -> State:
+        state = self._own_state()
+        return self.cuts.widened(state) if self.cuts else state
+
+    def _own_state(self) -> State:
+        """Fragments of what this process has, as views."""
         if not self.stage:
             return state_of(self.stored(), self.optimizer)
-        return zero_state(self.stored(), self.shapes, self.engine.optimizer, self.optimizer)
+        shapes = self.cuts.shapes if self.cuts else self.shapes
+        return zero_state(self.stored(), shapes, self.engine.optimizer, self.optimizer)
 
-    def restored(self) -> None:
+    def restored(self, state: State) -> None:
+        if self.cuts:
+            self.cuts.write_back(state, self._own_state())
         if self.stage:
             zero_restored(self.engine.optimizer, self.optimizer)
         else:

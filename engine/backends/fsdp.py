@@ -25,6 +25,7 @@ class FSDPBackend(TorchBackend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.model, self.device, self.max_norm = blueprint.model, world.device, settings.max_grad_norm
         self.processes, self.adapters_only = world.size, settings.use_lora
+        self.reduce_once, self.reshard = settings.fsdp_reduce_once, settings.fsdp_reshard_after_forward
         shards = world.size // settings.fsdp_replicas
         mesh = init_device_mesh(
             world.device.type, (settings.fsdp_replicas, shards), mesh_dim_names=("replica", "shard")
@@ -35,7 +36,7 @@ class FSDPBackend(TorchBackend):
         _fill_shards(self.model, blueprint.weights)
         rebuild_buffers(blueprint.core, world.device)
         groups = optimizer_groups(self.model, blueprint.decayed, settings.weight_decay)
-        self.optimizer = make_adamw(groups, settings, world.device)
+        self.optimizer = make_adamw(groups, settings)
         compute = "bf16 compute, fp32 master weights and reduction" if settings.bf16 else "fp32"
         self.precision = f"{compute}; {shards} shard(s) x {settings.fsdp_replicas} replica(s)"
 
@@ -55,7 +56,16 @@ class FSDPBackend(TorchBackend):
             fully_shard(layer, **options)
         fully_shard(self.model, **options)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """In all micro-batches but the last, what can wait for it does: the work of a step, not of a micro-batch.
+
+        Replicas are reduced over once, for their processes hold the same shards meanwhile. Weights that a forward
+        keeps whole stay so until the step. With `fsdp_reduce_once` shards are not reduced over before either.
+        """
+        self.model.set_is_last_backward(last)
+        self.model.set_requires_gradient_sync(last or not self.reduce_once)
+        self.model.set_requires_all_reduce(last)
+        self.model.set_reshard_after_backward(last or self.reshard)
         (loss * self.processes).backward()  # FSDP averages over processes, the engine sums
 
     def local_gradients(self) -> Iterator[torch.Tensor]:

@@ -21,9 +21,9 @@ class PlainBackend(TorchBackend):
         fill(self.model, blueprint.weights, world.device, torch.float32)
         rebuild_buffers(blueprint.core, world.device)
         groups = optimizer_groups(self.model, blueprint.decayed, settings.weight_decay)
-        self.optimizer = make_adamw(groups, settings, world.device)
+        self.optimizer = make_adamw(groups, settings)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:

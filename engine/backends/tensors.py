@@ -1,7 +1,7 @@
 """One way to store what is trained, whatever shards it: named tensors, flattened, each process writing its part.
 
     model.<name>      weights: fp32 masters of what is trained, the rest as it is (runs of adapters: the trained only)
-    exp_avg.<name>    AdamW's moments, fp32
+    exp_avg.<name>    AdamW's moments, fp32 or bf16
     exp_avg_sq.<name>
     step              AdamW's counter, one element
 

@@ -6,11 +6,17 @@ import torch
 from torch import nn
 
 from engine.backends.base import Backend
+from engine.backends.moments import Coded, CompactAdamW, flat_shard
 from engine.backends.tensors import Fragment, State
 from engine.config import Settings
 
+NORM_BLOCK = 2**16
+"""Squares that are summed in fp32."""
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state for each parameter, beside its step."""
+
+AdamW = torch.optim.AdamW | CompactAdamW
 
 
 class TorchBackend(Backend):
@@ -50,31 +56,49 @@ class TorchBackend(Backend):
     def state(self) -> State:
         return state_of(self.stored(), self.optimizer, self.fragment)
 
-    def restored(self) -> None:
-        share_step(self.optimizer)
+    def restored(self, state: State) -> None:
+        restore(self.stored(), self.optimizer, state)
 
 
 def state_of(
     stored: Iterator[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     fragment: Callable[[torch.Tensor], Fragment] = Fragment.whole,
 ) -> State:
     """Weights and moments of an optimizer that steps the parameters themselves.
 
     Args:
-        fragment: this process's part of a parameter, or of a moment, which has the same layout.
+        fragment: this process's part of a parameter; a moment has the same layout.
     """
     state = {}
     for name, parameter in stored:
-        state[f"model.{name}"] = fragment(parameter)
+        weight = fragment(parameter)
+        state[f"model.{name}"] = weight
         if parameter.requires_grad:
             moments = moments_of(parameter, optimizer)
-            state |= {f"{key}.{name}": fragment(moments[key]) for key in MOMENTS}
+            state |= {f"{key}.{name}": Fragment(_shown(moments[key]), weight.start, weight.numel) for key in MOMENTS}
     return state | {"step": step_counter(optimizer)}
 
 
-def moments_of(parameter: torch.Tensor, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def _shown(moment: torch.Tensor | Coded) -> torch.Tensor:
+    return moment.shown() if isinstance(moment, Coded) else flat_shard(moment)
+
+
+def restore(stored: Iterator[tuple[str, nn.Parameter]], optimizer: AdamW, state: State) -> None:
+    """Takes back from a state of `state_of`, filled from a checkpoint, what is no view of the training's memory."""
+    for name, parameter in stored:
+        if parameter.requires_grad:
+            moments = moments_of(parameter, optimizer)
+            for key in MOMENTS:
+                if isinstance(moments[key], Coded):
+                    moments[key].take(state[f"{key}.{name}"].local)
+    share_step(optimizer)
+
+
+def moments_of(parameter: torch.Tensor, optimizer: AdamW) -> dict[str, torch.Tensor | Coded]:
     """AdamW's state of a parameter. AdamW makes it in the first step; loading needs it before."""
+    if isinstance(optimizer, CompactAdamW):
+        return optimizer.moments(parameter)
     if not optimizer.state[parameter]:
         device = parameter.device if optimizer.defaults["fused"] else "cpu"
         moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
@@ -82,12 +106,12 @@ def moments_of(parameter: torch.Tensor, optimizer: torch.optim.AdamW) -> dict[st
     return optimizer.state[parameter]
 
 
-def step_counter(optimizer: torch.optim.AdamW) -> Fragment:
+def step_counter(optimizer: AdamW) -> Fragment:
     """AdamW counts for each parameter, but all step together: the first counter stands for all."""
     return Fragment.whole(next(iter(optimizer.state.values()))["step"])
 
 
-def share_step(optimizer: torch.optim.AdamW) -> None:
+def share_step(optimizer: AdamW) -> None:
     """Sets all counters to the one that `step_counter` shows."""
     first, *others = (moments["step"] for moments in optimizer.state.values())
     for step in others:
@@ -99,27 +123,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def make_adamw(groups: list[dict], settings: Settings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW for parameters that will be updated on `device`."""
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=device.type == "cuda" or None,
-    )
+def make_adamw(groups: list[dict], settings: Settings) -> AdamW:
+    """AdamW in one pass over weights, gradients and moments, on a GPU and on a CPU."""
+    options = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+    if settings.optimizer_state_dtype != "fp32":
+        return CompactAdamW(groups, settings.optimizer_state_dtype, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def global_norm(gradients: list[torch.Tensor], device: torch.device, group=None) -> torch.Tensor:
-    """Norm over local gradients and, with a group, over the shards of its processes (fp32 scalar).
-
-    Summed in fp64: an fp32 sum over millions of squares is off by 1e-5 and more, which backends would show.
-    """
-    squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in gradients]
+    """Norm over local gradients and, with a group, over the shards of its processes (fp32 scalar)."""
+    squares = [_square(g) for g in gradients]
     total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return total.sqrt().float()
+
+
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum of squares, fp64: of blocks in fp32, of all blocks in fp64.
+
+    An fp32 sum over millions of squares is off by 1e-5 and more, which backends would show; a gradient turned into
+    fp64 as a whole takes twice its memory.
+    """
+    flat = gradient.reshape(-1)
+    whole = len(flat) // NORM_BLOCK * NORM_BLOCK
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1).double().square().sum()
+    return blocks + torch.linalg.vector_norm(flat[whole:]).double().square()
 
 
 def clip_(gradients: list[torch.Tensor], norm: torch.Tensor, limit: float) -> None:

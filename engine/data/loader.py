@@ -13,13 +13,13 @@ from engine.data.packing import PackedBatch, empty_sample, pack
 class _Packer(torch_data.Dataset):
     """Indexed by a micro-batch (a tuple of sample numbers), so that the sampler is the plan itself."""
 
-    def __init__(self, data: Dataset, audio_token_id: int):
-        self.data, self.audio_token_id = data, audio_token_id
+    def __init__(self, data: Dataset, audio_token_id: int, piece: tuple[int, int]):
+        self.data, self.audio_token_id, self.piece = data, audio_token_id, piece
         self.nothing = empty_sample(data.codebooks)
 
     def __getitem__(self, micro_batch: MicroBatch) -> PackedBatch:
         chosen = [self.data[i] for i in micro_batch] or [self.nothing]
-        return pack(chosen, self.audio_token_id)
+        return pack(chosen, self.audio_token_id, self.piece)
 
 
 def packed_batches(
@@ -29,11 +29,16 @@ def packed_batches(
     audio_token_id: int,
     workers: int,
     device: torch.device,
+    piece: tuple[int, int] = (0, 1),
 ) -> Iterator[PackedBatch]:
-    """Packed rows in the order of `micro_batches`; an empty one becomes a row that trains nothing."""
+    """Packed rows in the order of `micro_batches`; an empty one becomes a row that trains nothing.
+
+    Args:
+        piece: (number, of): this process's piece of each row, of so many.
+    """
     return iter(
         torch_data.DataLoader(
-            _Packer(data, audio_token_id),
+            _Packer(data, audio_token_id, piece),
             batch_size=None,
             sampler=micro_batches,
             num_workers=workers,

@@ -6,6 +6,9 @@ has to look at a mask. Only attention works in *sequence order*; `to_sequence` a
 
 Whisper positions are text positions; which row takes which of the encoder's outputs is known here too. Without them
 the fields are empty.
+
+Processes that share a row (`sequence_parallel_size`) have a piece of it each: as many places of the sequence as the
+others, in modality order among themselves. Labels are those of the whole row, so nothing is lost where it is cut.
 """
 
 import math
@@ -23,7 +26,10 @@ from engine.data.prompts import IGNORED
 
 @dataclass
 class PackedBatch:
-    """One packed row of T = text + audio positions. Rows below are in modality order.
+    """One packed row of T = text + audio positions, or a piece of it. Rows below are in modality order.
+
+    Of a piece all but `sample_lengths` and `sample_ends` is its own: T positions, numbered from 0. These two say what
+    attention has to know, and that sees the whole row.
 
     Attributes:
         text_ids: int64 [text].
@@ -31,7 +37,7 @@ class PackedBatch:
         position_ids: int64 [T]; restart at each sample.
         to_sequence: int64 [T]; row that stands at each place of the sequence.
         to_modality: int64 [T]; the inverse: place in the sequence of each row.
-        sample_lengths: tokens of each sample, in sequence order (host).
+        sample_lengths: tokens of each sample of the whole row, in sequence order (host).
         sample_ends: int32 [samples + 1]; cumulated lengths from 0.
         text_target_rows: int64 [text targets]; rows whose next token has a text label.
         text_targets: int64 [text targets].
@@ -112,35 +118,42 @@ def empty_sample(codebooks: int) -> Sample:
     return Sample(np.zeros(1, np.int32), np.full(1, IGNORED, np.int32), nothing, nothing)
 
 
-def pack(samples: Sequence[Sample], audio_token_id: int) -> PackedBatch:
+def pack(samples: Sequence[Sample], audio_token_id: int, piece: tuple[int, int] = (0, 1)) -> PackedBatch:
     """Packs samples end to end.
 
     Args:
         audio_token_id: the id that audio positions carry in `input_ids`.
+        piece: (number, of): which of so many equal pieces of the row to give. A row that they do not divide ends with
+            untrained text positions, a sample of their own.
     """
+    samples = [*samples, *_rest(samples, piece[1])]
     lengths = np.array([len(s) for s in samples])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.concatenate([s.input_ids for s in samples])
-    position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    is_audio = ids == audio_token_id
+    size = starts[-1] // piece[1]
+    here = slice(piece[0] * size, (piece[0] + 1) * size)
+    row_ids = np.concatenate([s.input_ids for s in samples])
+    row_audio = row_ids == audio_token_id
+    audio_labels = np.full((len(row_ids), samples[0].audio_labels.shape[1]), IGNORED, np.int16)
+    audio_labels[row_audio] = np.concatenate([s.audio_labels for s in samples])
+    first_frame, frames = row_audio[: here.start].sum(), row_audio[here].sum()
+
+    ids, is_audio = row_ids[here], row_audio[here]
+    position = (np.arange(starts[-1]) - np.repeat(starts[:-1], lengths))[here]
     to_modality = np.concatenate([np.flatnonzero(~is_audio), np.flatnonzero(is_audio)])
     to_sequence = np.empty_like(to_modality)
-    to_sequence[to_modality] = np.arange(len(ids))
-
-    next_text = _next([s.labels for s in samples])
+    to_sequence[to_modality] = np.arange(size)
+    next_text = _next([s.labels for s in samples])[here]
     text_places = np.flatnonzero(next_text != IGNORED)
-    audio_labels = np.full((len(ids), samples[0].audio_labels.shape[1]), IGNORED, np.int16)
-    audio_labels[is_audio] = np.concatenate([s.audio_labels for s in samples])
-    next_audio = _next(np.split(audio_labels, starts[1:-1]))
+    next_audio = _next(np.split(audio_labels, starts[1:-1]))[here]
     audio_places = np.flatnonzero((next_audio != IGNORED).any(1))
-    mels, mel_frames, whisper_index, whisper_places = _pack_mels(samples, starts)
+    mels, mel_frames, whisper_index, whisper_places = _heard_in(here, *_pack_mels(samples, starts))
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
 
     return PackedBatch(
         text_ids=tensor(ids[~is_audio]),
-        audio_ids=tensor(np.concatenate([s.audio_ids for s in samples])),
+        audio_ids=tensor(np.concatenate([s.audio_ids for s in samples])[first_frame : first_frame + frames]),
         position_ids=tensor(position[to_modality]),
         to_sequence=tensor(to_sequence),
         to_modality=tensor(to_modality),
@@ -155,6 +168,12 @@ def pack(samples: Sequence[Sample], audio_token_id: int) -> PackedBatch:
         whisper_index=tensor(whisper_index),
         whisper_rows=tensor(to_sequence[whisper_places]),
     )
+
+
+def _rest(samples: Sequence[Sample], pieces: int) -> list[Sample]:
+    """Untrained samples of one position that make the row a multiple of `pieces`: fewer than that."""
+    missing = -sum(map(len, samples)) % pieces
+    return [empty_sample(samples[0].audio_ids.shape[1])] * missing
 
 
 def _pack_mels(samples: Sequence[Sample], starts: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -175,6 +194,21 @@ def _pack_mels(samples: Sequence[Sample], starts: np.ndarray) -> tuple[np.ndarra
         chunk[: len(rows)] = rows
     index = [number * pooled(longest) + np.arange(pooled(frames)) for number, (_, frames) in enumerate(found)]
     return mels, np.array([frames for _, frames in found]), np.concatenate(index), np.concatenate(places)
+
+
+def _heard_in(
+    here: slice, mels: np.ndarray, mel_frames: np.ndarray, index: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """What `_pack_mels` gave of a row, for the places `here` of it: only the chunks that are heard there."""
+    mine = (here.start <= places) & (places < here.stop)
+    if mine.all():
+        return mels, mel_frames, index, places - here.start
+    if not mine.any():
+        return np.zeros((0, 0, 0), np.float16), *[np.zeros(0, np.int64)] * 3
+    width = pooled(mels.shape[1])
+    chunks_heard, number = np.unique(index[mine] // width, return_inverse=True)
+    index = number * width + index[mine] % width
+    return mels[chunks_heard], mel_frames[chunks_heard], index, places[mine] - here.start
 
 
 def _next(labels: Sequence[np.ndarray]) -> np.ndarray:

@@ -22,6 +22,9 @@ import torch.nn.functional as F
 
 from engine.errors import ConfigError
 
+BLOCK = 128
+"""Positions of a block of flex_attention."""
+
 
 @dataclass(frozen=True)
 class SampleBounds:
@@ -39,8 +42,11 @@ class SampleBounds:
 
     @cached_property
     def block_mask(self):
-        """Block mask of flex_attention, made once for all layers."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """Block mask of flex_attention, made once for all layers.
+
+        From the bounds: `create_block_mask` would ask of each pair of positions, 1 GiB of answers for 32k of them.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
 
         tokens, device = sum(self.lengths), self.ends.device
         sample = torch.bucketize(torch.arange(tokens, device=device, dtype=torch.int32), self.ends, right=True)
@@ -48,7 +54,27 @@ class SampleBounds:
         def same_sample_and_before(_batch, _head, query, key):
             return (sample[query] == sample[key]) & (query >= key)
 
-        return create_block_mask(same_sample_and_before, None, None, tokens, tokens, device=str(device))
+        partly, wholly = (_listed(blocks, device) for blocks in _blocks_seen(self.lengths))
+        options = {"BLOCK_SIZE": BLOCK, "mask_mod": same_sample_and_before, "seq_lengths": (tokens, tokens)}
+        return BlockMask.from_kv_blocks(*partly, *wholly, **options)
+
+
+def _blocks_seen(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which blocks of keys each block of queries sees in part, and which as a whole; bool [blocks, blocks], on host."""
+    sizes = torch.tensor(lengths)
+    begins = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)  # of the sample of each position
+    number = torch.arange(-(-len(begins) // BLOCK))
+    last_query = ((number + 1) * BLOCK - 1).clamp(max=len(begins) - 1)
+    seen = (number >= begins[::BLOCK, None] // BLOCK) & (number <= number[:, None])
+    whole = (number * BLOCK >= begins[last_query, None]) & (number < number[:, None])
+    whole[len(begins) // BLOCK :] = False  # queries that end within a block see none as a whole
+    return seen & ~whole, whole
+
+
+def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks each row has, and which, those first; as BlockMask takes them."""
+    which = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return tuple(t.to(device, torch.int32, non_blocking=True)[None, None] for t in (blocks.sum(1), which))
 
 
 PackedAttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SampleBounds, float], torch.Tensor]

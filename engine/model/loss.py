@@ -2,7 +2,9 @@
 
 The text head alone is 128,256 wide: the fp32 logits of 16k tokens would take 8 GB. Here each chunk of rows makes
 its logits, its loss and its gradients at once in the forward, and only the gradients (the size of the inputs and
-of the weight) are kept for the backward. The eight codebooks run as one matrix product of 8 x 1026 columns.
+of the weight) are kept for the backward. Rows that fit one chunk and are fewer than the weight has columns keep the
+gradient of their logits instead, which is smaller than the weight's: the usual case of text, whose targets are few.
+The eight codebooks run as one matrix product of 8 x 1026 columns.
 
 Sums, not means: the caller divides by the targets of the whole optimizer step (Contract 5), so that splitting a
 step over ranks or micro-batches changes nothing. Zero rows are fine and give zero gradients, never None or NaN.
@@ -17,13 +19,15 @@ CHUNK_ROWS = 1024
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, group_weights):
+    def forward(ctx, hidden, weight, targets, group_weights, train):
         rows, groups = targets.shape
         width = weight.shape[0] // groups
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = (train and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        wait = need_weight and rows <= min(CHUNK_ROWS, weight.shape[1])
+        grad_weight = None
         sums = torch.zeros(groups, dtype=torch.float32, device=hidden.device)
+        gradient = sums.new_empty(0, groups * width)
         for start in range(0, rows, CHUNK_ROWS):
             part, target = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
             logits = (part @ weight.t()).float().view(-1, groups, width)
@@ -38,28 +42,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradient = logits.sub_(normaliser.unsqueeze(-1)).exp_()
             gradient.scatter_add_(-1, index, gradient.new_full(index.shape, -1.0))
             gradient.mul_((labelled * group_weights).unsqueeze(-1))
-            gradient = gradient.view(-1, groups * width).to(hidden.dtype)
+            gradient = gradient.view(-1, groups * width)
+            rounded = gradient.to(hidden.dtype)
             if need_hidden:
-                torch.mm(gradient, weight, out=grad_hidden[start : start + CHUNK_ROWS])
-            if need_weight:
-                if gradient.dtype == torch.float32:
-                    grad_weight.addmm_(gradient.t(), part)
-                else:
-                    grad_weight += gradient.t() @ part
+                torch.mm(rounded, weight, out=grad_hidden[start : start + CHUNK_ROWS])
+            if need_weight and not wait:
+                grad_weight = _add_product(grad_weight, rounded.t(), part)
         ctx.gradients = grad_hidden, grad_weight
+        ctx.waiting = (gradient, hidden) if wait else None
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(sums)
         return (sums * group_weights).sum(), sums
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None
+        (grad_hidden, grad_weight), waiting = ctx.gradients, ctx.waiting
+        ctx.gradients = ctx.waiting = None
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        elif waiting is not None:
+            gradient, hidden = waiting
+            grad_weight = gradient.mul_(grad_loss).to(hidden.dtype).t() @ hidden
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`total + left @ right` in fp32; the first product makes the total, which need not be filled with zeros then."""
+    if total is None:
+        return (left @ right).float()
+    return total.addmm_(left, right) if left.dtype == torch.float32 else total.add_(left @ right)
 
 
 def linear_cross_entropy(
@@ -76,7 +89,8 @@ def linear_cross_entropy(
     Returns:
         The weighted sum (differentiable, fp32 scalar) and the unweighted sum of each group (fp32 [groups]).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, group_weights)
+    # a Function is told which inputs require gradients, also where nobody will ask for any
+    return _LinearCrossEntropy.apply(hidden, weight, targets, group_weights, torch.is_grad_enabled())
 
 
 class LossHead(nn.Linear):

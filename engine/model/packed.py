@@ -16,15 +16,18 @@ text positions whose embeddings come from it.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import HiggsAudioV2ForConditionalGeneration
 from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import (
     HiggsAudioV2Attention,
     HiggsAudioV2DecoderLayer,
+    HiggsAudioV2Embeddings,
     apply_rotary_pos_emb,
 )
 
 from engine.data.packing import PackedBatch
-from engine.model import recompute
+from engine.model import compiled, recompute
 from engine.model.attention import IMPLEMENTATIONS, PackedAttentionFunction, SampleBounds
 from engine.model.loss import LossHead
 
@@ -60,14 +63,38 @@ class PackedRows:
         return _Permute.apply(x, self.to_modality, self.to_sequence)
 
 
+class CodebookEmbedding(nn.Embedding):
+    """Codebooks' embeddings; called with `summed`, one kernel looks them up and adds them up.
+
+    transformers' way makes all of them first, [..., C, H], and as much again in the backward.
+    """
+
+    def forward(self, ids, summed: bool = False):
+        return F.embedding_bag(ids, self.weight, mode="sum") if summed else super().forward(ids)
+
+
+class PackedEmbeddings(HiggsAudioV2Embeddings):
+    def forward(self, input_ids):
+        if input_ids.dim() != 2:
+            return super().forward(input_ids)
+        return self.embed_audio_tokens(input_ids + self.audio_tokens_offsets, summed=True)
+
+
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys [T, heads, d] turned by their positions' angles [T, d]."""
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+
+
 class PackedAttention(HiggsAudioV2Attention):
+    rotate = staticmethod(rotate)
+
     def forward(self, hidden_states, position_embeddings=None, *args, rows: PackedRows | None = None, **kwargs):
         if rows is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
         shape = (len(hidden_states), -1, self.head_dim)
         q, k, v = (p(hidden_states).view(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=1)
         q, k, v = (rows.sequence_order(t) for t in (q, k, v))
+        q, k = self.rotate(q, k, *position_embeddings)
         out = rows.modality_order(rows.attend(q, k, v, rows.bounds, self.scaling))
         return self.o_proj(out.reshape(len(hidden_states), -1))
 
@@ -80,7 +107,11 @@ class PackedDecoderLayer(HiggsAudioV2DecoderLayer):
     def forward(self, hidden_states, position_embeddings=None, *args, rows: PackedRows | None = None, **kwargs):
         if rows is None:
             return super().forward(hidden_states, position_embeddings, *args, **kwargs)
-        return recompute.call(self.checkpointing, self._packed, hidden_states, position_embeddings, rows)
+        return self.packed(hidden_states, position_embeddings, rows)
+
+    def packed(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...], rows: PackedRows) -> torch.Tensor:
+        """What engine/model/compiled.py compiles."""
+        return recompute.call(self.checkpointing, self._packed, x, position_embeddings, rows)
 
     def _packed(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, ...], rows: PackedRows) -> torch.Tensor:
         n = rows.n_text
@@ -135,7 +166,7 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
             bounds=SampleBounds(batch.sample_lengths, batch.sample_ends, batch.longest),
             attend=self.attend,
         )
-        positions = self.model.rotary_emb(x, batch.position_ids)
+        positions = self.model.rotary_emb(x, batch.position_ids.index_select(0, batch.to_sequence))
         for layer in self.model.layers:
             x = layer(x, positions, rows=rows)
         return x
@@ -152,13 +183,14 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
 
 
 def install(
-    model: HiggsAudioV2ForConditionalGeneration, attention: str, checkpointing: str = "none"
+    model: HiggsAudioV2ForConditionalGeneration, attention: str, checkpointing: str = "none", compile: bool = False
 ) -> PackedHiggsAudio:
     """Gives a native model (with its text head, with or without LoRA) the packed training forward, in place.
 
     Args:
         attention: a name of engine/model/attention.py.
         checkpointing: a mode of engine/model/recompute.py. A trained Whisper encoder knows full and none.
+        compile: compile the layers (engine/model/compiled.py).
     """
     if model.text_lm_head is None:
         raise ValueError("the model was built without use_text_head=True")
@@ -172,9 +204,24 @@ def install(
         layer.__class__ = PackedDecoderLayer
         layer.checkpointing = checkpointing
         layer.self_attn.__class__ = PackedAttention
-    for head in (model.text_lm_head, model.audio_lm_head):
-        # trained in full beside adapters (modules_to_save), a head is a wrapper around the original and a copy
-        copies = head.modules_to_save.values() if hasattr(head, "modules_to_save") else [head]
-        for linear in copies:
-            linear.__class__ = LossHead
+    if compile:
+        model.attend = compiled.attention_of(attention, model.attend)
+        compiled.compile_layers(model.model.layers)
+    _set_class(model.text_lm_head, LossHead)
+    _set_class(model.audio_lm_head, LossHead)
+    _set_class(model.model.embed_audio_tokens, PackedEmbeddings)
+    for embeddings in _copies(model.model.embed_audio_tokens):
+        _set_class(embeddings.embed_audio_tokens, CodebookEmbedding)
     return model
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    for copy in _copies(module):
+        copy.__class__ = kind
+
+
+def _copies(module: nn.Module) -> list[nn.Module]:
+    """The module; or, if it is trained in full beside adapters (modules_to_save), what PEFT has of it."""
+    if not hasattr(module, "modules_to_save"):
+        return [module]
+    return [module.original_module, *module.modules_to_save.values()]

@@ -11,6 +11,7 @@ Activations of a trained Whisper encoder are not in it: what it hears is not kno
 import math
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from transformers import HiggsAudioV2Config
 from engine.config import Settings
 from engine.data.dataset import Dataset
 from engine.data.packing import PackedBatch
+from engine.model import ulysses
+from engine.model.cut import cut_on_meta
 from engine.model.initial import build_on_meta, fill, rebuild_buffers
 from engine.model.packed import PackedHiggsAudio, install
 from engine.model.trainable import choose_trainable
@@ -35,12 +38,16 @@ AUDIO_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Row:
-    """Sizes of a packed row: positions, audio positions among them, and positions with a label of each kind."""
+    """Sizes of a packed row: positions, audio positions among them, and positions with a label of each kind.
+
+    `sample`: positions of the longest sample, below which rows cannot be shortened; 0 where it is not known.
+    """
 
     tokens: int
     audio: int
     text_targets: int
     audio_targets: int
+    sample: int = 0
 
     @classmethod
     def typical(cls, tokens: int) -> "Row":
@@ -53,11 +60,15 @@ class Row:
         """A row as the data are on average."""
         columns = (data.audio_frames, data.text_targets, data.audio_targets)
         shares = (column.sum() / data.lengths.sum() for column in columns)
-        return cls(tokens, *(math.ceil(tokens * share) for share in shares))
+        return cls(tokens, *(math.ceil(tokens * share) for share in shares), sample=int(data.lengths.max()))
+
+    def piece(self, of: int) -> "Row":
+        """What one of so many processes has that share the row."""
+        return self.shortened(-(-self.tokens // of))
 
     def shortened(self, tokens: int) -> "Row":
         counts = (self.audio, self.text_targets, self.audio_targets)
-        return Row(tokens, *(math.ceil(count * tokens / self.tokens) for count in counts))
+        return Row(tokens, *(math.ceil(count * tokens / self.tokens) for count in counts), sample=self.sample)
 
 
 def longest_row(lengths: np.ndarray, settings: Settings) -> int:
@@ -87,15 +98,23 @@ class Activations:
 def trainable_on_meta(
     config: HiggsAudioV2Config, settings: Settings, whisper: WhisperConditioning | None = None
 ) -> tuple[nn.Module, PackedHiggsAudio]:
-    """The model that a run trains, and the Higgs model in it, without memory."""
+    """The model that a run trains, and the Higgs model in it, without memory; one process's part of what is cut."""
     core = build_on_meta(config)
     model = choose_trainable(core, settings, whisper)
+    cut_on_meta(core, settings.tensor_parallel_size)
     return model, install(core, "sdpa")
 
 
 def count(config: HiggsAudioV2Config, settings: Settings, mode: str, row: Row) -> Activations:
-    """What one row takes under a checkpointing mode (engine/model/recompute.py), in the dtype of the settings."""
+    """What one row takes under a checkpointing mode (engine/model/recompute.py), in the dtype of the settings.
+
+    Of a row that processes share it is what one of them holds.
+    """
     model, core = trainable_on_meta(config, settings)
+    pieces = settings.sequence_parallel_size
+    if pieces > 1:
+        core.attend = ulysses.over_pieces(core.attend, pieces, group=None)
+    batch = partial(fake_row, row.piece(pieces), config.num_codebooks, pieces)
     depth = len(core.model.layers)
     for layer in core.model.layers:
         layer.checkpointing = mode
@@ -103,11 +122,11 @@ def count(config: HiggsAudioV2Config, settings: Settings, mode: str, row: Row) -
         fill(model, _Shapes(), CPU, torch.bfloat16 if settings.bf16 else torch.float32)
         rebuild_buffers(core, CPU)
         if depth <= 3 or not _all_alike(core):
-            return _run(model, core, row)
+            return _run(model, core, batch())
         core.model.layers = core.model.layers[:3]
-        three = _run(model, core, row)
+        three = _run(model, core, batch())
         core.model.layers = core.model.layers[:2]
-        two = _run(model, core, row)
+        two = _run(model, core, batch())
     more = depth - 3
     peak = three.peak + more * (three.peak - two.peak)
     kept = three.kept + more * (three.kept - two.kept)
@@ -126,9 +145,8 @@ def _all_alike(core: PackedHiggsAudio) -> bool:
     return len({tuple(p.requires_grad for p in layer.parameters()) for layer in core.model.layers}) == 1
 
 
-def _run(model: nn.Module, core: PackedHiggsAudio, row: Row) -> Activations:
+def _run(model: nn.Module, core: PackedHiggsAudio, batch: PackedBatch) -> Activations:
     """Gradients are dropped as they come, for where they are kept is the backend's affair."""
-    batch, codebooks = fake_row(row, core.config.num_codebooks), core.config.num_codebooks
     drops = [
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for p in model.parameters()
@@ -137,15 +155,15 @@ def _run(model: nn.Module, core: PackedHiggsAudio, row: Row) -> Activations:
     held = []
     with LiveBytes(model) as live:
         note = core.text_lm_head.register_forward_pre_hook(lambda *_: held.append(live.now))
-        loss, _ = model(batch, torch.ones(1), torch.ones(codebooks))
+        loss, _ = model(batch, torch.ones(1), torch.ones(core.config.num_codebooks))
         loss.backward()
     for hook in (*drops, note):
         hook.remove()
     return Activations(held[0], live.peak - held[0])
 
 
-def fake_row(row: Row, codebooks: int) -> PackedBatch:
-    """A batch of these sizes, one sample long; under FakeTensorMode it takes no memory."""
+def fake_row(row: Row, codebooks: int, pieces: int = 1) -> PackedBatch:
+    """One of the pieces, of these sizes, of a row that is one sample; under FakeTensorMode it takes no memory."""
 
     def index(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64)
@@ -153,8 +171,8 @@ def fake_row(row: Row, codebooks: int) -> PackedBatch:
     order = torch.arange(row.tokens)
     return PackedBatch(
         text_ids=index(row.tokens - row.audio), audio_ids=index(row.audio, codebooks), position_ids=order,
-        to_sequence=order, to_modality=order, sample_lengths=(row.tokens,),
-        sample_ends=torch.tensor([0, row.tokens], dtype=torch.int32),
+        to_sequence=order, to_modality=order, sample_lengths=(pieces * row.tokens,),
+        sample_ends=torch.tensor([0, pieces * row.tokens], dtype=torch.int32),
         text_target_rows=index(row.text_targets), text_targets=index(row.text_targets),
         audio_target_rows=index(row.audio_targets), audio_targets=index(row.audio_targets, codebooks),
         mels=torch.zeros(0, 0, 0), mel_frames=index(0), whisper_index=index(0), whisper_rows=index(0),

@@ -69,24 +69,26 @@ class Planner:
 
     def __init__(self, config: HiggsAudioV2Config, on_gpu: bool, whisper: WhisperSource | None = None):
         self.config, self.on_gpu, self.whisper = config, on_gpu, whisper
-        self._sizes: dict[bool, Sizes] = {}
+        self._sizes: dict[tuple[bool, int], Sizes] = {}
         self._counts: dict[tuple, Activations] = {}
 
     def plan(self, settings: Settings, processes: int, row: Row, mode: str) -> Plan:
         """`settings` are resolved."""
-        key = (settings.use_lora, settings.bf16, mode, row)
+        shared = settings.sequence_parallel_size, settings.tensor_parallel_size
+        key = (settings.use_lora, settings.bf16, *shared, mode, row)
         if key not in self._counts:
             self._counts[key] = count(self.config, settings, mode, row)
-        rounds = -(-settings.micro_batches_per_step // processes)
-        found = states(self.sizes(settings), settings, processes, self.on_gpu)
+        rounds = -(-settings.micro_batches_per_step // (processes // settings.processes_per_row))
+        found = states(self.sizes(settings), settings, processes)
         return Plan(mode, found, self._counts[key], rounds, ON_GPU if self.on_gpu else int(found.host))
 
     def sizes(self, settings: Settings) -> Sizes:
-        """Parameters of the model as the settings train it."""
-        if settings.use_lora not in self._sizes:
+        """Parameters of the model as the settings train it, and cut it."""
+        key = settings.use_lora, settings.tensor_parallel_size
+        if key not in self._sizes:
             whisper = self.whisper and self.whisper.build_on_meta()
-            self._sizes[settings.use_lora] = Sizes.of(*trainable_on_meta(self.config, settings, whisper))
-        return self._sizes[settings.use_lora]
+            self._sizes[key] = Sizes.of(*trainable_on_meta(self.config, settings, whisper))
+        return self._sizes[key]
 
     def choose(self, settings: Settings, processes: int, row: Row, memory: float) -> Plan:
         """The plan of the mode that the settings say; of `auto`, the fastest that fits, else the smallest."""
@@ -99,41 +101,67 @@ class Planner:
 
     def nearest(self, settings: Settings, processes: int, row: Row, memory: float) -> str | None:
         """The smallest change, in words, with which the run fits; None if none of those tried is enough."""
-        for words, changed, gpus, shorter in _changes(settings, processes, row):
+        for words, changed, gpus, shorter in _changes(settings, processes, row, self.config.num_key_value_heads):
             if self.choose(changed, gpus, shorter, memory).fits(memory):
                 return words
         return None
 
 
-def _changes(settings: Settings, processes: int, row: Row) -> Iterator[tuple[str, Settings, int, Row]]:
-    """Changes in the order of what they cost: memory for time first, then hardware, then what is trained."""
+def _changes(
+    settings: Settings, processes: int, row: Row, heads: int
+) -> Iterator[tuple[str, Settings, int, Row]]:  # fmt: skip
+    """Changes in the order of what they cost: memory for time first, then hardware, then what is trained.
+
+    Args:
+        heads: key-value heads of the model.
+    """
     auto = replace(settings, gradient_checkpointing="auto")
     yield "--gradient_checkpointing auto", auto, processes, row
     split = _more_split(auto)
     if split and processes > 1:
         yield *split, processes, row
     tokens = row.tokens // 2
-    while tokens >= LEAST_TOKENS:
+    while tokens >= max(LEAST_TOKENS, row.sample):
         half = replace(auto, max_tokens_per_micro_batch=tokens)
         yield f"--max_tokens_per_micro_batch {tokens}", half, processes, row.shortened(tokens)
         tokens //= 2
+    for pieces in _more_pieces(auto, processes, heads):
+        words = f"--sequence_parallel_size {pieces} (each row shared by {pieces} processes)"
+        yield words, replace(auto, sequence_parallel_size=pieces), processes, row
     words, most = split or ("", auto)
     for gpus in (2, 4, 8, 16, 32, 64):
-        if gpus > processes and settings.backend != "none":
-            more = replace(most, micro_batches_per_step=max(settings.micro_batches_per_step, gpus))
+        if gpus > processes and gpus % most.processes_per_row == 0 and settings.backend != "none":
+            readers = gpus // most.processes_per_row
+            more = replace(most, micro_batches_per_step=max(settings.micro_batches_per_step, readers))
             yield f"{gpus} GPUs {words}".strip(), more, gpus, row
     if settings.backend == "deepspeed" and "offload" not in settings.ds_config:
-        for name in ("zero2_offload", "zero3_offload"):
+        for name in ("zero2_offload", "zero3_offload")[: 1 if settings.tensor_parallel_size > 1 else 2]:
             yield f"--ds_config {name}", replace(auto, ds_config=name), processes, row
-    if not settings.use_lora:
+    if not settings.use_lora and settings.tensor_parallel_size == 1:
         yield "--use_lora", replace(auto, use_lora=True, train_modules=[], freeze_llm=False), processes, row
+
+
+def _more_pieces(settings: Settings, processes: int, heads: int) -> Iterator[int]:
+    """Sizes of groups that may share a row, above the present one."""
+    if settings.backend == "none" or settings.tensor_parallel_size > 1:
+        return
+    for pieces in range(settings.sequence_parallel_size + 1, processes + 1):
+        if processes % pieces == 0 and heads % pieces == 0:
+            yield pieces
 
 
 def _more_split(settings: Settings) -> tuple[str, Settings] | None:
     """The same backend with everything spread over all processes, if that is not so yet."""
-    if settings.backend == "fsdp" and (settings.fsdp_replicas > 1 or not settings.fsdp_reshard_after_forward):
-        changed = replace(settings, fsdp_replicas=1, fsdp_reshard_after_forward=True)
-        return "--fsdp_replicas 1 --fsdp_reshard_after_forward", changed
+    if settings.backend == "fsdp":
+        least = {"fsdp_replicas": 1, "fsdp_reshard_after_forward": True, "fsdp_reduce_once": False}
+        flags = {"fsdp_replicas": "--fsdp_replicas 1", "fsdp_reshard_after_forward": "--fsdp_reshard_after_forward",
+                 "fsdp_reduce_once": "--no-fsdp_reduce_once"}  # fmt: skip
+        other = [name for name, value in least.items() if getattr(settings, name) != value]
+        if other and not (other == ["fsdp_reduce_once"] and settings.use_lora):
+            return " ".join(flags[name] for name in other), replace(settings, **least)
+    if settings.tensor_parallel_size > 1:  # stage 3 wants whole matrices
+        changed = replace(settings, ds_config="zero3", tensor_parallel_size=1)
+        return "--ds_config zero3 --tensor_parallel_size 1", changed
     if settings.backend == "deepspeed" and "zero3" not in settings.ds_config:
         return "--ds_config zero3", replace(settings, ds_config="zero3")
     return None
@@ -151,7 +179,7 @@ def for_training(
     if not on_gpu and wanted != "auto":
         return wanted, None
     memory = _memory(world)
-    if not on_gpu and _roughly(config, row) < memory / 4:
+    if not on_gpu and _roughly(config, row.piece(settings.sequence_parallel_size)) < memory / 4:
         return MODES[0], None
     planner = Planner(config, on_gpu, whisper)
     plan = planner.choose(settings, world.size, row, memory)

@@ -13,6 +13,8 @@ from engine.data.batches import BatchPlan
 from engine.data.dataset import Dataset
 from engine.data.encoder import FRAMES_PER_SECOND
 from engine.data.store import Store, is_store
+from engine.errors import ConfigError
+from engine.model import ulysses
 from engine.model.flops import active_adapters, step_flops
 from engine.model.recompute import MODES
 from engine.plan.activations import AUDIO_SHARE, Row, longest_row
@@ -21,11 +23,15 @@ from engine.plan.memory import COMFORT, GIB, Plan, Planner
 ALTERNATIVES = {
     "zero1": {"backend": "deepspeed", "ds_config": "zero1"},
     "zero2": {"backend": "deepspeed", "ds_config": "zero2"},
-    "zero3": {"backend": "deepspeed", "ds_config": "zero3"},
+    "zero3": {"backend": "deepspeed", "ds_config": "zero3", "tensor_parallel_size": 1},
     "zero2_offload": {"backend": "deepspeed", "ds_config": "zero2_offload"},
-    "fsdp": {"backend": "fsdp", "fsdp_reshard_after_forward": True, "fsdp_replicas": 1},
-    "fsdp, kept gathered": {"backend": "fsdp", "fsdp_reshard_after_forward": False, "fsdp_replicas": 1},
-}
+    "fsdp": {
+        "backend": "fsdp", "fsdp_reshard_after_forward": True, "fsdp_replicas": 1, "tensor_parallel_size": 1,
+    },
+    "fsdp, kept gathered": {
+        "backend": "fsdp", "fsdp_reshard_after_forward": False, "fsdp_replicas": 1, "tensor_parallel_size": 1,
+    },
+}  # fmt: skip
 TYPICAL_SAMPLE = 1024
 """Tokens of a sample where the data are not known: its attention costs 3 % of the FLOPs."""
 
@@ -43,6 +49,9 @@ class Machine:
 def report(config: HiggsAudioV2Config, settings: Settings, machine: Machine) -> tuple[list[str], bool]:
     """The lines, and whether the run fits. `settings` as given, not yet resolved."""
     settings = settings.with_resolved(machine.gpus, has_gpu=True)
+    problems = list(ulysses.problems(config, settings))
+    if problems:
+        raise ConfigError("the settings cannot be used with this model", problems)
     data = _prepared(settings)
     row = Row.typical(settings.max_tokens_per_micro_batch or 8192)
     if data is not None:
@@ -75,12 +84,18 @@ def _prepared(settings: Settings) -> Dataset | None:
 def _what(
     planner: Planner, settings: Settings, machine: Machine, row: Row, data: Dataset | None
 ) -> Iterator[str]:  # fmt: skip
-    sizes = planner.sizes(settings)
+    sizes = planner.sizes(replace(settings, tensor_parallel_size=1))
     kind = "LoRA" if settings.use_lora else "full"
     dtype = "bf16" if settings.bf16 else "fp32"
     yield f"model: {sizes.total:,} parameters, {sizes.trained:,} trained ({kind}), {dtype}"
+    if settings.tensor_parallel_size > 1:
+        part = planner.sizes(settings).total
+        yield f"cut for groups of {settings.tensor_parallel_size} GPUs: {part:,} parameters on each"
     known = "as the prepared data are" if data else f"{AUDIO_SHARE:.0%} audio, all labelled: no prepared store is given"
     yield f"longest row: {row.tokens:,} tokens; {known}"
+    pieces = settings.sequence_parallel_size
+    if pieces > 1:
+        yield f"each row is shared by {pieces} GPUs: {row.piece(pieces).tokens:,} tokens on each"
     backend = f"deepspeed, {settings.ds_config}" if settings.backend == "deepspeed" else settings.backend
     yield f"{machine.gpus} GPU(s) of {machine.memory / GIB:,.0f} GiB; backend {backend}"
     if settings.whisper_conditioning not in ("auto", "off"):

@@ -1,7 +1,8 @@
 """Bytes that weights, gradients, optimizer and the backend's buffers take on each device, whatever the data.
 
 What each backend keeps, in bytes a parameter (c: 2 in bf16, 4 in fp32; P of the model, N of them trained; W processes,
-S shards of an FSDP copy; /W: split over the processes):
+S shards of an FSDP copy; /W: split over the processes). Under tensor parallelism P and N are what one process has after
+the cut, and W counts groups of processes:
 
 | backend   | weights         | masters     | AdamW  | gradients         |
 |-----------|-----------------|-------------|--------|-------------------|
@@ -12,7 +13,8 @@ S shards of an FSDP copy; /W: split over the processes):
 | ZeRO 2    | c P             | 4 N/W       | 8 N/W  | 4 N/W             |
 | ZeRO 3    | c P/W           | 4 N/W       | 8 N/W  | 4 N/W             |
 
-Masters are counted with the optimizer. Offloaded states lie in host memory instead.
+AdamW's 8 are 4 with `optimizer_state_dtype: bf16`, 2 with int8. Masters are counted with the optimizer. Offloaded
+states lie in host memory instead.
 """
 
 import json
@@ -24,26 +26,28 @@ from torch import nn
 from engine.config import Settings
 from engine.model.packed import PackedHiggsAudio
 
-IN_THE_STEP = 8
-"""Bytes for each value of one tensor: the norm reads it in fp64; AdamW, where not fused, has two temporaries of it."""
+MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2 + 8 / 256}
+"""Bytes of both moments of a parameter (engine/backends/moments.py); in 8 bits, two scales for 256."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model: all, those trained, of the largest layer, outside all layers, of the largest tensor."""
+    """Parameters of a model: all, those trained, of the largest layer, outside all layers.
+
+    Of a model that is cut, one process's.
+    """
 
     total: int
     trained: int
     layer: int
     outside: int
-    largest: int
 
     @classmethod
     def of(cls, model: nn.Module, core: PackedHiggsAudio) -> "Sizes":
         everything = [p.numel() for p in model.parameters()]
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
         layers = [sum(p.numel() for p in layer.parameters()) for layer in core.model.layers]
-        return cls(sum(everything), sum(trained), max(layers), sum(everything) - sum(layers), max(trained))
+        return cls(sum(everything), sum(trained), max(layers), sum(everything) - sum(layers))
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,28 @@ class States:
     host: float = 0.0
 
 
-def states(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -> States:
+def states(sizes: Sizes, settings: Settings, processes: int) -> States:
     """The states of one of `processes`."""
     if settings.backend == "fsdp":
-        return _fsdp(sizes, settings, processes // settings.fsdp_replicas)
+        return _fsdp(sizes, settings, processes)
     if settings.backend == "none":
-        return States(4 * sizes.total, 4 * sizes.trained, 8 * sizes.trained, 0, IN_THE_STEP * sizes.largest)
-    return _deepspeed(sizes, settings, processes, on_gpu)
+        return _unsharded(sizes, settings)
+    return _deepspeed(sizes, settings, processes // settings.tensor_parallel_size)
 
 
-def _fsdp(sizes: Sizes, settings: Settings, shards: int) -> States:
-    """A layer and the next one are gathered, each through a buffer of its size, and reduced in fp32."""
-    c = 2 if settings.bf16 else 4
+def _unsharded(sizes: Sizes, settings: Settings) -> States:
+    moments = MOMENTS[settings.optimizer_state_dtype] * sizes.trained
+    return States(4 * sizes.total, 4 * sizes.trained, moments, 0, 0)
+
+
+def _fsdp(sizes: Sizes, settings: Settings, processes: int) -> States:
+    """A layer and the next one are gathered, each through a buffer of its size, and reduced in fp32.
+
+    With `fsdp_reduce_once` gradients of all micro-batches but the last stay whole.
+    """
+    c, shards = 2 if settings.bf16 else 4, processes // settings.fsdp_replicas
+    several = settings.micro_batches_per_step > processes // settings.processes_per_row
+    whole_gradients = 4 * sizes.trained if settings.fsdp_reduce_once and several else 0
     trained, frozen = sizes.trained / shards, (sizes.total - sizes.trained) / shards
     gathered = 3 * sizes.layer if settings.fsdp_reshard_after_forward else sizes.total - sizes.outside + sizes.layer
     share = sizes.trained / sizes.total
@@ -87,17 +101,17 @@ def _fsdp(sizes: Sizes, settings: Settings, shards: int) -> States:
     return States(
         weights=4 * trained + c * frozen,
         gradients=4 * trained,
-        optimizer=8 * trained,
-        buffers=c * (sizes.outside + gathered) + reduced,
-        step=max(IN_THE_STEP * sizes.largest / shards, outside_at_the_end),
+        optimizer=MOMENTS[settings.optimizer_state_dtype] * trained,
+        buffers=c * (sizes.outside + gathered) + reduced + whole_gradients,
+        step=outside_at_the_end,
     )
 
 
-def _deepspeed(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -> States:
+def _deepspeed(sizes: Sizes, settings: Settings, processes: int) -> States:
     zero = json.loads(Path(settings.ds_config).read_text()).get("zero_optimization", {})
     stage, c = zero.get("stage", 0), 2 if settings.bf16 else 4
     if not stage:
-        return States(4 * sizes.total, 4 * sizes.trained, 8 * sizes.trained, 0, IN_THE_STEP * sizes.largest)
+        return _unsharded(sizes, settings)
     mine = sizes.trained / processes
     weights = c * sizes.total / (processes if stage == 3 else 1)
     if zero.get("zero_hpz_partition_size", 1) > 1:
@@ -106,10 +120,10 @@ def _deepspeed(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -
     buffers = 4 * bucket * (2 if zero.get("overlap_comm", stage == 3) else 1)
     if stage == 3:
         buffers += c * min(zero.get("stage3_max_live_parameters", 1e9), sizes.total)
-    optimizer, gradients, host = 12 * mine, 4 * (sizes.trained if stage == 1 else mine), 0.0
+    optimizer = (4 + MOMENTS[settings.optimizer_state_dtype]) * mine
+    gradients, host = 4 * (sizes.trained if stage == 1 else mine), 0.0
     # the step makes the gradients one flat tensor; stage 3 steps a group of `sub_group_size` at a time
-    flat = min(mine, zero.get("sub_group_size", 1e9)) if stage == 3 else mine
-    step = 4 * flat if on_gpu else 12 * flat
+    step = 4 * (min(mine, zero.get("sub_group_size", 1e9)) if stage == 3 else mine)
     if "offload_optimizer" in zero:
         host, optimizer, gradients, step = optimizer + gradients, 0.0, 0.0, 0.0
     if "offload_param" in zero:

@@ -46,6 +46,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def in_groups(self, of: int) -> tuple[int, int]:
+        """The number of this process's group, and how many there are, if neighbours form groups."""
+        return self.rank // of, self.size // of
+
 
 def launcher_variables(env: Mapping[str, str]) -> dict[str, str]:
     """The variables that torch and DeepSpeed read, from those of the launcher that started this process."""

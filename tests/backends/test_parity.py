@@ -12,7 +12,16 @@ from tests.processes import run
 from tests.tiny import tiny_model
 
 CASES = ["fsdp", "zero0", "zero1", "zero2", "zero3"]
-MORE_CASES = ["fsdp-hybrid", "zero2_offload", "zero3_offload", "fsdp-selective", "zero3-selective-lora"]
+MORE_CASES = [
+    "fsdp-hybrid",
+    "fsdp-once",
+    "fsdp-whole",
+    "zero2_offload",
+    "zero3_offload",
+    "fsdp-selective",
+    "zero3-selective-lora",
+    "fsdp-compiled",
+]
 BF16_CASES = ["fsdp-bf16", "zero1-bf16", "zero2-bf16", "zero3-bf16"]
 LORA_CASES = ["none-lora", "fsdp-lora", "zero2-lora", "zero3-lora"]
 DORA_CASES = ["fsdp-lora-dora-on", "zero2-lora-dora-on", "zero3-lora-dora-on"]
@@ -42,7 +51,7 @@ def results(tmp_path_factory):
     [*((case, n) for case in [*CASES, *LORA_CASES[1:]] for n in (1, 2)), *((case, 2) for case in MORE_CASES)],
 )
 def test_backend_equals_plain_torch(case, world_size, results):
-    assert_same_run(results(case, world_size), results("none-lora" if case.endswith("lora") else "none", 1))
+    assert_same_run(results(case, world_size), results("none-lora" if "-lora" in case else "none", 1))
 
 
 def assert_same_run(got: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
@@ -75,6 +84,21 @@ def test_bf16_follows_fp32(case, results):
     wanted, got = results("none", 1), results(case, 2)
     np.testing.assert_allclose(got["losses"], wanted["losses"], rtol=2e-2)
     np.testing.assert_allclose(got["grad_norms"], wanted["grad_norms"], rtol=5e-2)
+
+
+def test_accumulation_communicates_no_more_than_it_must(results):
+    """Two micro-batches a step; three units: two layers, and the rest of the model."""
+
+    def collectives(case: str) -> dict[str, int]:
+        mark = "collectives of a step: "
+        return {name.removeprefix(mark): int(n) for name, n in results(case, 2).items() if name.startswith(mark)}
+
+    gather, scatter = "allgather_base", "reduce_scatter_base"
+    assert collectives("fsdp") == {gather: 2 * 3 * 2, scatter: 2 * 3}
+    assert collectives("fsdp-once") == {gather: 2 * 3 * 2, scatter: 3}
+    assert collectives("fsdp-lora") == collectives("fsdp-once"), "LoRA reduces its small gradients once"
+    assert collectives("fsdp-whole") == {gather: 3, scatter: 2 * 3}, "weights that stay whole are gathered once a step"
+    assert collectives("fsdp-hybrid") == {"allreduce": 3}, "replicas are reduced over once a step"
 
 
 def test_the_comparison_would_see_a_wrong_scale(results):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from engine.runtime.distributed import exit_cleanly, init_process_group, shutdown
+from engine.runtime.distributed import World, exit_cleanly, init_process_group, shutdown
 from tests.checkpoint.small_run import SmallRun
 
 STEPS, FIRST = 6, 3
@@ -25,27 +25,32 @@ def main() -> None:
     model, folder, *jobs = sys.argv[1:]
     world = init_process_group(timeout_minutes=1)
     for job in jobs:
-        case, _, source = job.partition("<")
-        name = f"{case}@{world.size}" + (f"<{source}" if source else "")
-        case, untrained = case.rstrip("!"), case.endswith("!")
-        out = Path(folder) / name
-        if world.is_main:
-            out.mkdir()
-        torch.distributed.barrier()
-        run = SmallRun(case, Path(model), out, world)
-        start = run.load(Path(folder) / source / f"checkpoint-{FIRST}") if source else 0
-        losses = {}
-        if untrained:
-            run.save(FIRST)
-        for number in range(start, 0 if untrained else STEPS):
-            losses[number] = run.step(number)
-            if number + 1 == FIRST:
-                run.save(FIRST)
-        run.close()
-        if world.is_main:
-            (out / "losses.json").write_text(json.dumps(losses))
+        perform(job, Path(model), Path(folder), world)
     shutdown(world)
     exit_cleanly(0)
+
+
+def perform(job: str, model: Path, folder: Path, world: World) -> None:
+    case, _, source = job.partition("<")
+    name = f"{case}@{world.size}" + (f"<{source}" if source else "")
+    case, untrained = case.rstrip("!"), case.endswith("!")
+    out = folder / name
+    if world.is_main:
+        out.mkdir()
+    if world.size > 1:
+        torch.distributed.barrier()
+    run = SmallRun(case, model, out, world)
+    start = run.load(folder / source / f"checkpoint-{FIRST}") if source else 0
+    losses = {}
+    if untrained:
+        run.save(FIRST)
+    for number in range(start, 0 if untrained else STEPS):
+        losses[number] = run.step(number)
+        if number + 1 == FIRST:
+            run.save(FIRST)
+    run.close()
+    if world.is_main:
+        (out / "losses.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

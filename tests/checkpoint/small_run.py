@@ -15,7 +15,7 @@ from engine.export.model_folder import copy_side_files
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.weights import WeightFiles
 from engine.runtime.distributed import World
-from tests.backends.parity_worker import MICRO_BATCHES, micro_batches, settings_for
+from tests.backends.parity_worker import MICRO_BATCHES, micro_batches, piece_of, settings_for
 from tests.tiny import CODEBOOKS
 
 
@@ -31,7 +31,8 @@ class SmallRun:
         self.world, self.out, self.whisper = world, out, "-whisper" in case
         self.files = WeightFiles(model)
         self.settings = settings_for(case, str(model), world.size)
-        self.rounds = -(-MICRO_BATCHES // world.size)
+        self.reader, self.readers = world.in_groups(of=self.settings.processes_per_row)
+        self.rounds = -(-MICRO_BATCHES // self.readers)
         self.engine = HiggsEngine(self.settings, world, self.files, self.rounds)
         self.said: list[str] = []
         self.saved: list[Saved] = []
@@ -45,9 +46,10 @@ class SmallRun:
         targets = Targets(
             sum(s.text_targets for s in everything), tuple(int(n) for n in sum(s.audio_targets for s in everything))
         )
-        mine = samples[self.world.rank :: self.world.size]
+        mine = samples[self.reader :: self.readers]
         mine += [[empty_sample(CODEBOOKS)]] * (self.rounds - len(mine))
-        packed = [pack(batch, self.files.config.audio_token_id) for batch in mine]
+        piece = piece_of(self.settings, self.world)
+        packed = [pack(batch, self.files.config.audio_token_id, piece) for batch in mine]
         result = self.engine.train_step(packed, targets, 1e-3 * (number + 1))
         sums = result.sums.clone()
         if self.world.size > 1:

@@ -132,6 +132,64 @@ def test_each_whisper_row_takes_its_own_output_of_its_own_chunk(sizes):
         assert packed.whisper_index[i] > packed.whisper_index[i - 1]
 
 
+@quick
+@given(rows(), st.integers(1, 9))
+def test_the_pieces_of_a_row_are_the_row(samples, of):
+    """As long as each other, each with its own tokens and with the targets that its positions have in the whole row."""
+    whole, pieces = pack(samples, AUDIO), [pack(samples, AUDIO, (number, of)) for number in range(of)]
+    size = -(-whole.tokens // of)
+    assert [piece.tokens for piece in pieces] == [size] * of
+    rest = of * size - whole.tokens
+    for piece in pieces:
+        everywhere = torch.arange(size)
+        assert torch.equal(piece.to_modality[piece.to_sequence], everywhere)
+        assert torch.equal(piece.to_sequence[piece.to_modality], everywhere)
+        assert piece.sample_lengths == (*whole.sample_lengths, *(1,) * rest), "attention sees the whole row"
+        assert piece.sample_ends.tolist() == [0, *np.cumsum(piece.sample_lengths)]
+
+    def of_all(take) -> list:
+        return [value for piece in pieces for value in take(piece)]
+
+    def ids(packed: PackedBatch) -> list[int]:
+        everything = torch.cat([packed.text_ids, torch.full((len(packed.audio_ids),), AUDIO)])
+        return everything[packed.to_sequence].tolist()
+
+    assert of_all(ids) == [*ids(whole), *[0] * rest]
+    assert of_all(lambda piece: piece.audio_ids.tolist()) == whole.audio_ids.tolist()
+    positions = of_all(lambda piece: piece.position_ids[piece.to_sequence].tolist())
+    assert positions == [*whole.position_ids[whole.to_sequence].tolist(), *[0] * rest]
+    for kind in (0, 1):
+        found = [packed_targets(piece)[kind] for piece in pieces]
+        placed = {size * i + place: target for i, targets in enumerate(found) for place, target in targets.items()}
+        assert placed == packed_targets(whole)[kind]
+
+
+@quick
+@given(st.lists(st.integers(1, 6100), min_size=1, max_size=4), st.integers(2, 5))
+def test_a_piece_hears_what_its_positions_need(frames, of):
+    """Each Whisper position finds in its piece the chunk that it had in the row; other chunks are not there."""
+    samples = [heard_sample(np.random.default_rng(i), 3, 4, frames=n) for i, n in enumerate(frames)]
+    for i, sample in enumerate(samples):
+        for mels in sample.mels:
+            mels[:] = 10 * i + np.arange(len(mels))[:, None] // CHUNK_FRAMES  # a number for each chunk
+
+    def heard(packed: PackedBatch, start: int = 0) -> list[tuple]:
+        """Of each Whisper position: its place in the row, the chunk, its frames, the place among its outputs."""
+        if not len(packed.mels):
+            assert len(packed.whisper_rows) == len(packed.whisper_index) == len(packed.mel_frames) == 0
+            return []
+        width = pooled(packed.mels.shape[1])
+        chunk, place = packed.whisper_index // width, packed.whisper_index % width
+        assert set(chunk.tolist()) == set(range(len(packed.mels))), "no chunk is run for nothing"
+        places = start + packed.to_modality[packed.whisper_rows]
+        found = (places, packed.mels[:, 0, 0][chunk], packed.mel_frames[chunk], place)
+        return [*zip(*(values.tolist() for values in found), strict=True)]
+
+    pieces = [pack(samples, AUDIO, (number, of)) for number in range(of)]
+    of_all = [line for number, piece in enumerate(pieces) for line in heard(piece, number * piece.tokens)]
+    assert of_all == heard(pack(samples, AUDIO))
+
+
 def test_a_row_without_recordings_has_no_mels():
     packed = pack([random_sample(np.random.default_rng(0), 4, 5), empty_sample(CODEBOOKS)], AUDIO)
     assert len(packed.mels) == len(packed.mel_frames) == len(packed.whisper_index) == len(packed.whisper_rows) == 0
@@ -160,13 +218,15 @@ class Samples(list):
     codebooks = CODEBOOKS
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_follows_the_plan_in_order(workers):
+@pytest.mark.parametrize("workers, piece", [(0, (0, 1)), (2, (0, 1)), (2, (1, 2))])
+def test_the_loader_follows_the_plan_in_order(workers, piece):
     rng = np.random.default_rng(0)
     samples = Samples(random_sample(rng, int(text), int(text) % 4) for text in rng.integers(1, 9, 12))
     plan = BatchPlan([len(s) for s in samples], max_tokens=20, max_samples=3, micro_batches_per_step=3, epochs=1)
     wanted = [row for step in plan.steps() for row in step.share(1, 2, plan.rounds(2))]
     assert () in wanted, "the last step should leave this process without a micro-batch"
-    batches = packed_batches(samples, wanted, audio_token_id=AUDIO, workers=workers, device=torch.device("cpu"))
+    batches = packed_batches(
+        samples, wanted, audio_token_id=AUDIO, workers=workers, device=torch.device("cpu"), piece=piece
+    )
     for row, packed in zip(wanted, batches, strict=True):
-        assert_same(packed, pack([samples[i] for i in row] or [empty_sample(CODEBOOKS)], AUDIO))
+        assert_same(packed, pack([samples[i] for i in row] or [empty_sample(CODEBOOKS)], AUDIO, piece))

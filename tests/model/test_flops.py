@@ -51,7 +51,7 @@ def test_recomputation_is_one_more_forward_of_the_layers_and_of_no_head(adapters
 
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "forward and backward of the body"])
 def test_the_model_multiplies_as_much_as_the_formula_says(train):
-    """By torch's own counter, which sees neither the CPU's attention nor a head's backward into its buffers."""
+    """By torch's own counter, which does not see the CPU's attention. Without gradients heads compute none."""
     rng = np.random.default_rng(0)
     batch = pack([random_sample(rng, 20, 30), random_sample(rng, 7, 12)], AUDIO)
     model = install(tiny_model(), "sdpa")

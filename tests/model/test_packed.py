@@ -120,9 +120,10 @@ def test_native_calls_and_generate_are_untouched():
         assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=12), wanted_codes)
 
 
-def test_heads_work_in_chunks():
+@pytest.mark.parametrize("rows", [CHUNK_ROWS + 37, 7, 6, 0])
+def test_heads_work_in_chunks(rows):
+    """Also with a chunk alone; fewer rows than the six columns leave the weight's gradient to the backward."""
     torch.manual_seed(0)
-    rows = CHUNK_ROWS + 37
     hidden = torch.randn(rows, 6, requires_grad=True)
     weight = torch.randn(2 * 5, 6, requires_grad=True)
     targets = torch.randint(-1, 5, (rows, 2))
@@ -141,7 +142,7 @@ def test_heads_work_in_chunks():
 def test_flex_attention_gives_the_numbers_of_sdpa():
     """The GPU kernels are compared in tests/gpu; flex has a forward on the CPU too."""
     torch.manual_seed(0)
-    lengths = (5, 1, 130, 12)
+    lengths = (5, 1, 130, 12, 400, 92, 3)  # one sample fills whole blocks of 128
     bounds = SampleBounds(lengths, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths))
     q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (4, 2, 2))
     with torch.no_grad():

@@ -154,6 +154,32 @@ def test_a_run_that_cannot_fit_is_told_so_with_a_change_that_fits(monkeypatch):
     assert for_training(config, settings, world, row)[0] == "none", "a plan may err by a tenth: it is let run"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_processes_that_share_a_row_keep_a_piece_each(mode):
+    config, row = config_of(num_hidden_layers=2, num_key_value_heads=4), Row(8000, 7200, 80, 4000)
+    whole, quarter = (count(config, settings_of(sequence_parallel_size=n), mode, row) for n in (1, 4))
+    assert quarter.kept == pytest.approx(whole.kept / 4, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "sample, wanted",
+    [
+        (2000, "--max_tokens_per_micro_batch 2048"),
+        (4096, "--sequence_parallel_size 2 (each row shared by 2 processes)"),
+    ],
+)
+def test_rows_of_one_long_sample_are_shared_not_shortened(sample, wanted, monkeypatch):
+    monkeypatch.setattr(memory, "ON_GPU", 0)
+    row, backend = Row(4096, 3700, 40, 2000, sample), {"backend": "fsdp", "gradient_checkpointing": "full"}
+    settings = settings_of(**backend, bf16=True).with_resolved(2, has_gpu=True)
+    planner = Planner(config_of(num_hidden_layers=2), on_gpu=True)
+    assert planner.plan(settings, 2, row, "full").rounds == 1
+    shared = dataclasses.replace(settings, sequence_parallel_size=2, micro_batches_per_step=3)
+    assert planner.plan(shared, 2, row, "full").rounds == 3, "both processes work on each row"
+    peak = planner.plan(settings, 2, row, "full").peak
+    assert planner.nearest(settings, 2, row, 0.95 * peak / 0.9) == wanted
+
+
 def test_longest_row():
     lengths = np.array([10, 50, 30, 40])
     assert longest_row(lengths, Settings(max_tokens_per_micro_batch=80)) == 80
@@ -180,3 +206,34 @@ def test_the_command_reads_config_json_only(tmp_path, monkeypatch):
         assert words in said.out
     said = command("plan", "--gpu_memory", 2.01, model_path=tmp_path, backend="fsdp", use_lora=True)
     assert said.code == 2 and "does not fit" in said.out and "nearest change that fits" in said.out
+
+
+def test_a_group_of_processes_cuts_matrices_and_what_runs_through_them():
+    """Norms, embeddings and heads stay whole; ZeRO splits the rest over the groups, not over all processes."""
+    config, row = config_of(), Row(4000, 3600, 40, 2000)
+    planner = Planner(config, on_gpu=True)
+    plans = {}
+    for parts in (1, 2):
+        settings = settings_of(backend="deepspeed", ds_config="zero1", bf16=True, tensor_parallel_size=parts)
+        plans[parts] = planner.plan(settings.with_resolved(4, has_gpu=True), 4, row, "none")
+    cut = LAYERS * ((2 * 64 + 2 * 32) * 64 + 2 * 3 * 64 * 176)
+    whole = plans[1].states.weights / 2 - cut
+    assert plans[2].states.weights == pytest.approx(2 * (whole + cut / 2))
+    assert plans[2].states.optimizer == pytest.approx(12 * (whole + cut / 2) / 2)
+    inside = 4000 * 2 * LAYERS * (64 + 2 * 32 + 64 + 3 * 176)  # q, k, v, attention's output; gate, up, their product
+    saved = plans[1].activations.kept - plans[2].activations.kept
+    assert inside / 2 <= saved < inside
+    with pytest.raises(ConfigError, match="tensor_parallel_size: 4 does not divide the model's 2 key-value heads"):
+        settings = settings_of(backend="deepspeed", ds_config="zero1", tensor_parallel_size=4)
+        planner.plan(settings.with_resolved(4, has_gpu=True), 4, row, "none")
+
+
+def test_of_cut_matrices_the_nearest_change_is_one_that_can_be_set():
+    """Stage 3 and adapters want whole matrices: neither is proposed beside tensor parallelism."""
+    settings = settings_of(backend="deepspeed", ds_config="zero1", tensor_parallel_size=2)
+    settings = settings.with_resolved(4, has_gpu=True)
+    changes = list(memory._changes(settings, 4, Row(20000, 18000, 200, 9000), heads=2))
+    assert "--ds_config zero3 --tensor_parallel_size 1" in [words for words, *_ in changes]
+    for words, changed, *_ in changes:
+        assert list(changed._value_problems()) == [], words
+        assert changed.tensor_parallel_size == 1 or "zero3" not in changed.ds_config, words
