@@ -174,16 +174,17 @@ def wires(model: Model, layout: Layout, constants: Constants) -> Wires:
 
     gather = over(layout.gather_bytes * model.total, shards)
     again = over(layout.gather_bytes * model.total, min(shards, GPUS_PER_NODE)) if layout.node_gathers else gather
-    reduce = over(layout.reduce_bytes * model.trained, shards)
-    if layout.replicas > 1:  # every GPU of a node reduces its own shard over the replicas, all at once
+    reduce, copies = over(layout.reduce_bytes * model.trained, shards), 0.0
+    if layout.replicas > 1:  # every GPU of a node reduces its own shard over the replicas, all at once, once a step
         own = layout.reduce_bytes * model.trained / shards
         local = max(1, GPUS_PER_NODE // shards)
-        reduce += 2 * collective(own, layout.replicas, pieces, constants, local, GPUS_PER_NODE // local)
+        copies = 2 * collective(own, layout.replicas, pieces, constants, local, GPUS_PER_NODE // local)
     updated = over(layout.gather_bytes * model.trained, ranks)
     if layout.method in ("fsdp", "zero3"):
-        later = again if layout.node_gathers else gather  # hpZ's copy lasts until the optimizer's step
+        # hpZ's copy lasts until the optimizer's step, and so do weights that are kept after the forward
+        later = again if layout.node_gathers else gather if layout.reshard else 0
         forward = (gather + (layout.rounds - 1) * later) / layout.rounds
-        return Wires(forward, (again if layout.reshard else 0) + reduce, 0, 0)
+        return Wires(forward, (again if layout.reshard else 0) + reduce, copies, 0)
     if layout.method == "zero2":
         return Wires(0, reduce, 0, updated)
     both = 2 * reduce if layout.method == "zero0" else reduce

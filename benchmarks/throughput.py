@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import json
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -104,7 +105,11 @@ def read_settings(args: argparse.Namespace, rest: Sequence[str], world: World) -
 
 
 def make_work(args: argparse.Namespace, settings: Settings, files: RandomWeights) -> tuple[list[Sample], list[Step]]:
-    """Samples, and full steps of them for the timed steps of all turns."""
+    """Samples, and full steps of them for the timed steps of all turns.
+
+    Of twice as many rows the fuller half: so short a plan ends with rows that found too few samples, a long one has
+    hardly any.
+    """
     per_step, wanted = settings.micro_batches_per_step, args.steps * args.turns
     count = per_step * wanted
     while True:
@@ -113,12 +118,17 @@ def make_work(args: argparse.Namespace, settings: Settings, files: RandomWeights
         if not kept:
             raise SystemExit(f"--tokens {args.tokens}: every sample is longer → more tokens, or fewer --seconds")
         plan = BatchPlan(
-            [len(s) for s in kept], max_tokens=args.tokens, max_samples=None, micro_batches_per_step=per_step,
-            epochs=1, seed=settings.seed,
+            [len(s) for s in kept], max_tokens=args.tokens, max_samples=None, micro_batches_per_step=1, epochs=1,
+            seed=settings.seed,
         )  # fmt: skip
-        if len(plan.epoch(0)) > wanted:  # the last step may be shorter than the others
-            return kept, list(plan.steps())[:wanted]
+        rows = [step.micro_batches[0] for step in plan.steps()]
+        if len(rows) >= 2 * per_step * wanted:
+            break
         count = count * 3 // 2 + 1
+    tokens = [sum(len(kept[i]) for i in row) for row in rows]
+    fuller = [row for row, filled in zip(rows, tokens, strict=True) if filled >= statistics.median(tokens)]
+    starts = range(0, wanted * per_step, per_step)
+    return kept, [Step(number, 0, tuple(fuller[at : at + per_step])) for number, at in enumerate(starts)]
 
 
 def short_step(samples: Sequence[Sample], count: int, processes: int) -> Step:

@@ -87,6 +87,8 @@ class HiggsEngine:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.summary = describe(model, settings) + ([whisper_line] if whisper_line else [])
         expected = f"; expected at the peak: {plan.peak / GIB:,.1f} GiB a process" if plan else ""
+        if settings.torch_compile:
+            self.summary.append("torch_compile: the first row of each kind waits for the compiler, up to minutes")
         if settings.float8:
             self.summary.append("float8: products of attention and FFNs, scaled a tensor at a time")
         self.summary.append(f"gradient_checkpointing: {self.checkpointing}{expected}")

@@ -62,7 +62,6 @@ class FSDPBackend(TorchBackend):
         Replicas are reduced over once, for their processes hold the same shards meanwhile. Weights that a forward
         keeps whole stay so until the step. With `fsdp_reduce_once` shards are not reduced over before either.
         """
-        self.model.set_is_last_backward(last)
         self.model.set_requires_gradient_sync(last or not self.reduce_once)
         self.model.set_requires_all_reduce(last)
         self.model.set_reshard_after_backward(last or self.reshard)

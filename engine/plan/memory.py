@@ -79,7 +79,7 @@ class Planner:
         if key not in self._counts:
             self._counts[key] = count(self.config, settings, mode, row)
         rounds = -(-settings.micro_batches_per_step // (processes // settings.processes_per_row))
-        found = states(self.sizes(settings), settings, processes)
+        found = states(self.sizes(settings), settings, processes, self.on_gpu)
         return Plan(mode, found, self._counts[key], rounds, ON_GPU if self.on_gpu else int(found.host))
 
     def sizes(self, settings: Settings) -> Sizes:

@@ -71,13 +71,13 @@ class States:
     host: float = 0.0
 
 
-def states(sizes: Sizes, settings: Settings, processes: int) -> States:
+def states(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -> States:
     """The states of one of `processes`."""
     if settings.backend == "fsdp":
         return _fsdp(sizes, settings, processes)
     if settings.backend == "none":
         return _unsharded(sizes, settings)
-    return _deepspeed(sizes, settings, processes // settings.tensor_parallel_size)
+    return _deepspeed(sizes, settings, processes // settings.tensor_parallel_size, on_gpu)
 
 
 def _unsharded(sizes: Sizes, settings: Settings) -> States:
@@ -107,7 +107,7 @@ def _fsdp(sizes: Sizes, settings: Settings, processes: int) -> States:
     )
 
 
-def _deepspeed(sizes: Sizes, settings: Settings, processes: int) -> States:
+def _deepspeed(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -> States:
     zero = json.loads(Path(settings.ds_config).read_text()).get("zero_optimization", {})
     stage, c = zero.get("stage", 0), 2 if settings.bf16 else 4
     if not stage:
@@ -117,7 +117,9 @@ def _deepspeed(sizes: Sizes, settings: Settings, processes: int) -> States:
     if zero.get("zero_hpz_partition_size", 1) > 1:
         weights += c * sizes.total / zero["zero_hpz_partition_size"]
     bucket = min(zero.get("reduce_bucket_size", 5e8), sizes.trained)
-    buffers = 4 * bucket * (2 if zero.get("overlap_comm", stage == 3) else 1)
+    buffers = 4 * bucket
+    if zero.get("overlap_comm", stage == 3):  # a second bucket; on a CPU what is never written takes no memory
+        buffers += 4 * (bucket if on_gpu else min(bucket, sizes.trained - bucket))
     if stage == 3:
         buffers += c * min(zero.get("stage3_max_live_parameters", 1e9), sizes.total)
     optimizer = (4 + MOMENTS[settings.optimizer_state_dtype]) * mine
