@@ -59,6 +59,21 @@ def test_throughput_of_adapters_in_two_processes(tmp_path):
     assert 0 < report["communication_seconds"] and "collectives: " in printed
 
 
+@pytest.mark.slow
+def test_parts(tmp_path):
+    """All ways of a part agree, or it would have stopped."""
+    from benchmarks.parts import PARTS
+
+    out = tmp_path / "result.json"
+    arguments = "--geometry tiny --tokens 120 --repeats 1 --clock processor".split()
+    printed = benchmark("benchmarks.parts", *arguments, "--out", str(out))
+    report = json.loads(out.read_text())
+    assert report["check"]["passed"] and list(report["results"]) == list(PARTS)
+    for part, ways in report["results"].items():
+        assert len(ways) >= 2 and f"| {PARTS[part]} | {next(iter(ways))} | " in printed
+        assert all(way["median_seconds"] > 0 for way in ways.values())
+
+
 def test_length_mix():
     """A seed's samples are the same however many follow, and as long as two clips, their text and a system turn."""
     from benchmarks.length_mix import describe_mix, make_samples

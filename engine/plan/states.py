@@ -126,6 +126,9 @@ def _deepspeed(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -
     gradients, host = 4 * (sizes.trained if stage == 1 else mine), 0.0
     # the step makes the gradients one flat tensor; stage 3 steps a group of `sub_group_size` at a time
     step = 4 * (min(mine, zero.get("sub_group_size", 1e9)) if stage == 3 else mine)
+    if stage < 3 and settings.micro_batches_per_step > processes:
+        # before, at the end of a later micro-batch: its gradients in the buckets, and those to be added to the earlier
+        step = max(step, buffers + 4 * mine)
     if "offload_optimizer" in zero:
         host, optimizer, gradients, step = optimizer + gradients, 0.0, 0.0, 0.0
     if "offload_param" in zero:
