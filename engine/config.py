@@ -122,7 +122,7 @@ class Settings:
     per_device_train_batch_size: int | None = _batch(None, "samples of a micro-batch; none: no limit", at_least=1)
     micro_batches_per_step: int | None = _batch(
         None, "micro-batches of an optimizer step over all processes together, so that steps are the same on "
-        "any number of GPUs; none: gradient accumulation times rows that are worked on at a time", at_least=1)
+        "any number of GPUs; none: gradient accumulation times processes (groups, where they share rows)", at_least=1)
     gradient_accumulation_steps: int | None = _batch(
         None, "micro-batches of a step in each process; none: 1, or as the setting before says", at_least=1)
 
@@ -349,11 +349,11 @@ class Settings:
         if world_size % together:
             name = "tensor_parallel_size" if self.tensor_parallel_size > 1 else "sequence_parallel_size"
             problems.append(f"{name}: {world_size} processes are not groups of {together} → a divisor of {world_size}")
-        readers = max(world_size // together, 1)
+        readers, who = max(world_size // together, 1), "processes" if together == 1 else "groups of processes"
         product = (each or 1) * readers
         if total and each and total != product:
             problems.append(
-                f"micro_batches_per_step: {total} is not gradient_accumulation_steps × rows at a time = {each} × "
+                f"micro_batches_per_step: {total} is not gradient_accumulation_steps × {who} = {each} × "
                 f"{readers} → give only one of them, or --micro_batches_per_step {product}")
         elif total and total < readers:
             problems.append(f"micro_batches_per_step: {total} leaves some of {world_size} processes idle → "

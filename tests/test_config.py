@@ -417,7 +417,7 @@ def test_from_yaml_asks_for_no_files(inputs):
     (4096, None, 8, None, 4, (4096, None, 8)),
     (4096, None, 9, None, 4, (4096, None, 9)),
     (4096, None, 8, 2, 4, (4096, None, 8)),
-    (4096, None, 8, 3, 4, "8 is not gradient_accumulation_steps × rows at a time = 3 × 4 → give only one of them, "
+    (4096, None, 8, 3, 4, "8 is not gradient_accumulation_steps × processes = 3 × 4 → give only one of them, "
                           "or --micro_batches_per_step 12"),
     (4096, None, 3, None, 4, "3 leaves some of 4 processes idle → set at least 4, or start at most 3"),
 ])

@@ -65,7 +65,8 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 def shards(folder: Path) -> list[Path]:
-    return list(folder.glob("codes/*/*.safetensors"))
+    """Not what is being written, or was when the process was killed: it begins with a dot, and is nobody's."""
+    return [file for file in folder.glob("codes/*/*.safetensors") if file.name[0] != "."]
 
 
 def encoded(folder: Path) -> list[bytes]:
