@@ -14,6 +14,7 @@ from engine.config import Settings
 from engine.data.labels import Sample
 from engine.data.packing import pack
 from engine.higgs_engine import HiggsEngine, Targets
+from engine.model import fused
 from engine.model.attention import IMPLEMENTATIONS, SampleBounds
 from engine.model.packed import install
 from engine.model.weights import WeightFiles
@@ -69,12 +70,17 @@ def targets_of(samples: list[Sample]) -> Targets:
     return Targets(sum(s.text_targets for s in samples), tuple(int(n) for n in sum(s.audio_targets for s in samples)))
 
 
-def loss_and_gradients(device: str, dtype: torch.dtype, attention: str, mix: str, checkpointing: str = "none"):
+def loss_and_gradients(
+    device: str, dtype: torch.dtype, attention: str, mix: str, checkpointing: str = "none",
+    compile: bool = False, liger: bool = False,
+):  # fmt: skip
     samples = samples_of(mix)
     targets = targets_of(samples)
     text_weight = torch.tensor([1 / max(targets.text, 1)], device=device)
     codebook_weights = 1 / torch.tensor(targets.codebooks, device=device).clamp(min=1) / CODEBOOKS
-    model = install(small_model(device, dtype), attention, checkpointing)
+    model = install(small_model(device, dtype), attention, checkpointing, compile)
+    if liger:
+        fused.install(model)
     loss, _ = model(pack(samples, AUDIO).to(device), text_weight, codebook_weights)
     loss.backward()
     return loss.item(), {name: None if p.grad is None else p.grad.float().cpu() for name, p in model.named_parameters()}
@@ -94,6 +100,19 @@ def test_bf16_follows_fp32(kernel, mix):
     """Loss and every gradient, also with no row of a modality: its FFN has gradients of zero, never None or NaN."""
     compare(
         loss_and_gradients("cuda", torch.bfloat16, kernel, mix), loss_and_gradients("cpu", torch.float32, "sdpa", mix)
+    )
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("how", ["compile", "liger"])
+def test_other_kernels_follow_fp32(how, mode, mix):
+    """Compiled layers and Liger's kernels; what selective checkpointing keeps must not be written over."""
+    if how == "liger":
+        pytest.importorskip("liger_kernel", reason="no Liger")
+    compare(
+        loss_and_gradients("cuda", torch.bfloat16, "varlen", mix, mode, **{how: True}),
+        loss_and_gradients("cpu", torch.float32, "sdpa", mix),
     )
 
 

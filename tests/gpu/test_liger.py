@@ -1,6 +1,6 @@
 """Liger's fused norm and SwiGLU on what a packed row may hold: also no row of a modality.
 
-The engine does not use them yet. A kernel that fails on zero rows could not be used for either FFN.
+A kernel that fails on zero rows could not be used for either FFN. The model with them is in test_gpu.py.
 """
 
 import pytest
