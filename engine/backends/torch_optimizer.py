@@ -100,9 +100,9 @@ def moments_of(parameter: torch.Tensor, optimizer: AdamW) -> dict[str, torch.Ten
     if isinstance(optimizer, CompactAdamW):
         return optimizer.moments(parameter)
     if not optimizer.state[parameter]:
-        device = parameter.device if optimizer.defaults["fused"] else "cpu"
         moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device)} | moments
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where fused AdamW wants it
+        optimizer.state[parameter] = {"step": step} | moments
     return optimizer.state[parameter]
 
 
