@@ -153,7 +153,7 @@ def make(args: argparse.Namespace, config: HiggsAudioV2Config, folder: Path, wor
 def main() -> None:
     role, folder = {"save": save, "make": make}[sys.argv[1]], Path(sys.argv[2])
     args = argparse.Namespace(**json.loads(sys.argv[3]))
-    world = init_process_group(timeout_minutes=30)
+    world = init_process_group(timeout_s=1800)
     role(args, HiggsAudioV2Config(**args.config), folder, world)
     shutdown(world)
     exit_cleanly(0)

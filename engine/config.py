@@ -9,9 +9,8 @@ anything is loaded, and all mistakes come in one message, each with its remedy.
 import dataclasses
 import math
 import os
-import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -19,18 +18,13 @@ from pathlib import Path
 import yaml
 
 from engine import config_sources
-from engine.config_sources import LIMITS, Reading, Schema, setting
+from engine.config_checks import find_ds_config, path_problems, value_problems
+from engine.config_sources import Reading, Schema, setting
 from engine.data.formats import FORMAT_NAMES
 from engine.data.layouts import LAYOUTS, TASK_TYPES
 from engine.errors import ConfigError
-from engine.model.adapter_folder import adapter_folder, differences
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-HUB_IDS = {
-    "model_path": "bosonai/higgs-audio-v2-generation-3B-base",
-    "audio_tokenizer_path": "bosonai/higgs-audio-v2-tokenizer",
-}
 GROUPS = {
     "Model": "what the run starts from, and how its forward and backward run",
     "Data": "what is trained on, and how recordings become codes",
@@ -142,6 +136,11 @@ class Settings:
         "with a scale for 256 neighbours; not with deepspeed); below fp32 they are rounded at random, right on average",
         choices=("fp32", "bf16", "int8"))
     max_grad_norm: float = _optim(1.0, "norm to which gradients are clipped; 0: never", at_least=0)
+    skip_spikes_sigma: float | None = _optim(
+        None, "skip steps whose gradient norm is above the mean of the last 128 by so many standard deviations, as 6; "
+        "none: only steps whose loss or gradient is not finite", above=0)
+    max_skipped_steps: int = _optim(
+        10, "skipped steps in a row after which the run ends, with a report", at_least=1)
     text_loss_weight: float = _optim(1.0, "weight of the text head's loss", at_least=0)
     audio_loss_weight: float = _optim(1.0, "weight of the audio loss, a mean over codebooks", at_least=0)
     codebook_weights: list[float] | None = _optim(
@@ -182,8 +181,9 @@ class Settings:
     tensor_parallel_size: int = _backend(
         1, "neighbouring processes that share each matrix product (DeepSpeed's AutoTP, not with ZeRO 3): for GPUs too "
         "small for a layer's work, within one machine; divides the model's key-value heads", at_least=1)
-    collective_timeout_minutes: float = _backend(
-        30.0, "minutes after which a process that waits for the others gives up", above=0)
+    timeout_s: float = _backend(
+        1800.0, "seconds in which a process has to get further within a step, an evaluation or a save; then the run "
+        "ends, and says which process holds it up", above=0)
 
     output_dir: str = _run("./output", "everything is written here", path="FOLDER")
     seed: int = _run(42, "of the data order, dropout and new parameters", at_least=0, below=2**32)
@@ -197,6 +197,11 @@ class Settings:
     resume: str = _run(
         "none", "none: start afresh; auto: from the newest complete checkpoint of the output folder, if any; "
         "or the folder of a checkpoint")
+    max_train_hours: float | None = _run(
+        None, "hours after which the run saves, leaves and can be resumed, counted from its last start; none: no "
+        "limit", above=0)
+    max_restarts: int = _run(
+        0, "times that launch/train.sh starts the run again after a failure, from its last checkpoint", at_least=0)
     eval_steps: int = _run(500, "steps between evaluations", at_least=1)
     disable_evaluation: bool = _run(False, "never evaluate, even if eval_data_file is given")
     logging_steps: int = _run(10, "steps between lines of the log", at_least=1)
@@ -211,120 +216,17 @@ class Settings:
                 setattr(self, name, [_absolute(path) for path in value if path])
             elif field.metadata["path"] or name in words and value not in words[name]:
                 setattr(self, name, _absolute(value) if value else None)
-        self.ds_config = _find_ds_config(self.ds_config) or self.ds_config
+        self.ds_config = find_ds_config(self.ds_config) or self.ds_config
 
     def check(self, found: Iterable[str] = (), excused: Collection[str] = ()) -> None:
         """Raise one ConfigError with the problems `found` in reading and those of values and paths.
 
         The `excused` settings are not called missing, since `found` already says why they are.
         """
-        _fail_on([*found, *self._value_problems(), *self._path_problems(excused)])
-
-    def _value_problems(self) -> Iterator[str]:
-        for name, field in FIELDS.items():
-            value, choices, limits = getattr(self, name), field.metadata["choices"], field.metadata["limits"]
-            if choices and value not in choices:
-                yield f"{name}: {value!r} is not a choice → one of {', '.join(choices)}"
-            numbers = [] if value is None else value if isinstance(value, list) else [value]
-            if not all(LIMITS[word](number, limit) for number in numbers for word, limit in limits.items()):
-                rule = field.metadata["rule"] + ", or null" * (name in SCHEMA.optional)
-                yield f"{name}: {value} is out of range → {rule}"
-        if self.codebook_weights is not None and not any(self.codebook_weights):
-            yield "codebook_weights: no codebook has weight → one above 0, or null for equal weights"
-        if self.text_loss_weight == self.audio_loss_weight == 0:
-            yield "text_loss_weight, audio_loss_weight: both are 0, so there is no loss → set one above 0"
-        yield from self._data_problems()
-        if self.use_lora:
-            for name in ("train_modules", "freeze_llm"):
-                if getattr(self, name):
-                    yield f"{name}: LoRA trains adapters only → remove {name}, or use_lora for full training"
-            if not self.lora_target_modules:
-                yield f"lora_target_modules: no layer has adapters → some of {' '.join(LINEAR_LAYERS)}"
-        elif self.lora_modules_to_save:
-            yield "lora_modules_to_save: has no meaning without LoRA → add use_lora, or name train_modules"
-        for name in ("use_rslora", "use_dora", "lora_adapter_path"):
-            if getattr(self, name) and not self.use_lora:
-                yield f"{name}: has no meaning without LoRA → add use_lora, or remove {name}"
-        if self.bf16 and self.backend == "none":
-            yield "bf16: backend none computes in fp32 only → set backend to fsdp, which runs in one process too"
-        if self.float8:
-            if self.backend != "fsdp":
-                yield (f"float8: backend {self.backend} keeps gathered weights for their products' backward → set "
-                       "backend to fsdp, which runs in one process too")
-            if self.bf16 is False:
-                yield "float8: starts from bf16 → set bf16 to true, or float8 to false"
-            if self.use_lora:
-                yield "float8: computes the gradients of frozen weights too, no gain with LoRA → set float8 to false"
-        if self.optimizer_state_dtype == "int8" and self.backend == "deepspeed":
-            yield ("optimizer_state_dtype: int8 has scales for the shards of fsdp, not for deepspeed's → set backend "
-                   "to fsdp, or optimizer_state_dtype to bf16")
-        if self.fsdp_replicas != 1 and self.backend != "fsdp":
-            yield f"fsdp_replicas: has no meaning for backend {self.backend} → set backend to fsdp"
-        if self.sequence_parallel_size > 1 and self.backend == "none":
-            yield "sequence_parallel_size: backend none is one process → set backend to fsdp or deepspeed"
-        if self.torch_compile and self.use_liger_kernel:
-            yield "use_liger_kernel, torch_compile: both fuse the same operations → one of them"
-        if self.torch_compile and self.processes_per_row > 1:
-            yield "torch_compile: not with processes that share a row → leave it out, or set their number to 1"
-        if self.tensor_parallel_size > 1:
-            if self.backend != "deepspeed":
-                yield f"tensor_parallel_size: has no meaning for backend {self.backend} → set backend to deepspeed"
-            if self.sequence_parallel_size > 1:
-                yield "tensor_parallel_size, sequence_parallel_size: only one of them may be above 1 → 1 for the other"
-            if self.use_lora:
-                yield "tensor_parallel_size: cuts matrices, not adapters → train in full, or set it to 1"
-
-    def _data_problems(self) -> Iterator[str]:
-        layout = TASK_TYPES.get(self.prompt_layout, self.prompt_layout)
-        if self.train_reference and layout in ("as_written", "reference_in_system", "single_speaker"):
-            yield (f"train_reference: {layout} has no turn of the reference → set prompt_layout to voice_cloning, "
-                   "multi_speaker or auto")
-        if self.reference_dropout and layout in ("as_written", "single_speaker"):
-            yield f"reference_dropout: {layout} has no reference to leave out → set prompt_layout to another, or 0"
-        if self.pair_references and layout in ("as_written", "single_speaker"):
-            yield f"pair_references: {layout} has no place for a reference → set prompt_layout to another"
-        if self.data_weights is not None and len(self.data_weights) != len(self.train_data_file):
-            yield (f"data_weights: {len(self.data_weights)} weight(s), but {len(self.train_data_file)} train_data_file"
-                   " → one for each")
-        if self.min_seconds is not None and self.max_seconds is not None and self.min_seconds >= self.max_seconds:
-            yield f"min_seconds: {self.min_seconds:g} is not below max_seconds = {self.max_seconds:g} → lower it"
-
-    def _path_problems(self, excused: Collection[str]) -> Iterator[str]:
-        for name, field in FIELDS.items():
-            value, kind, about = getattr(self, name), field.metadata["path"], field.metadata["help"]
-            if value is None or value == []:
-                if name == "audio_tokenizer_path" and self._all_prepared:
-                    continue  # codes are there already
-                must = field.metadata["required"] or value is None and name not in SCHEMA.optional
-                if kind and must and name not in excused:
-                    yield f"{name}: missing → give --{name} {kind}: {about}"
-            elif kind == "DATA":
-                for path in value:
-                    if not os.path.exists(path):
-                        yield f"{name}: {path} does not exist → give a file or folder of samples, or a prepared store"
-            elif name in HUB_IDS and not os.path.isdir(value):
-                asked = os.path.relpath(value)
-                wanted = asked if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", asked) else HUB_IDS[name]
-                yield (f"{name}: {value} is not a folder, and the engine reaches no model hub → first "
-                       f"`huggingface-cli download {wanted} --local-dir FOLDER`, then give that folder")
-        if self.whisper_conditioning not in ("off", "auto") and not os.path.isdir(self.whisper_conditioning):
-            yield (f"whisper_conditioning: {self.whisper_conditioning} is not a folder → off, auto, or the folder of a "
-                   "Whisper model")
-        if self.lora_adapter_path:
-            adapter = adapter_folder(self.lora_adapter_path)
-            if adapter is None:
-                yield (f"lora_adapter_path: {self.lora_adapter_path} holds no adapter → give a folder with "
-                       "adapter_config.json and adapter_model.safetensors, or a LoRA checkpoint")
-            elif self.use_lora:
-                yield from differences(adapter, self)
-        if self.resume not in ("none", "auto") and not os.path.isdir(self.resume):
-            yield f"resume: {self.resume} is not a folder → give a checkpoint's folder, auto or none"
-        if self.backend == "deepspeed" and not _find_ds_config(self.ds_config):
-            names = ", ".join(sorted(file.stem for file in REPOSITORY.glob("ds_configs/*.json")))
-            yield f"ds_config: there is no {self.ds_config!r} → a JSON file, or one of: {names}"
+        _fail_on([*found, *value_problems(self, SCHEMA), *path_problems(self, SCHEMA, excused)])
 
     @property
-    def _all_prepared(self) -> bool:
+    def all_prepared(self) -> bool:
         data = [*self.train_data_file, *self.eval_data_file]
         return bool(data) and all(os.path.isfile(os.path.join(path, "header.json")) for path in data)
 
@@ -391,7 +293,7 @@ class Settings:
         reading = Reading(SCHEMA)
         reading.read_yaml(os.fspath(path))
         settings = cls(**reading.values)
-        _fail_on([*reading.problems, *settings._value_problems()])
+        _fail_on([*reading.problems, *value_problems(settings, SCHEMA)])
         return settings
 
 
@@ -433,15 +335,6 @@ def help_text(prog: str) -> str:
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
-
-
-def _find_ds_config(name: str) -> str | None:
-    """The file meant by a path or a bare name: from the current directory, else from the repository."""
-    for folder in (Path.cwd(), REPOSITORY, REPOSITORY / "ds_configs"):
-        for path in (folder / os.path.expanduser(name), folder / f"{os.path.expanduser(name)}.json"):
-            if path.is_file():
-                return os.path.abspath(path)
-    return None
 
 
 def _fail_on(problems: list[str], heading: str = "the settings cannot be used") -> None:

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from engine.config import REPOSITORY, Settings
+from engine.config import Settings
+from engine.config_checks import REPOSITORY
 from engine.data.demo import Demo, make_demo
 from engine.errors import EngineError
 

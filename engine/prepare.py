@@ -19,7 +19,7 @@ from engine.runtime.distributed import init_process_group, raise_together, shutd
 def prepare_stores(settings: Settings, out: Path) -> None:
     """Makes the store `out`, or with several data files one in it for each; every process of the launcher calls it."""
     transformers_log.disable_progress_bar()
-    world = init_process_group(settings.collective_timeout_minutes)
+    world = init_process_group(settings.timeout_s)
     say = Progress(world).say
     try:
         files = WeightFiles(settings.model_path)

@@ -43,7 +43,7 @@ from engine.schedule import learning_rate
 def train(settings: Settings) -> None:
     """One process's part in a run; every process of the launcher calls it with the same settings."""
     transformers_log.disable_progress_bar()
-    world = init_process_group(settings.collective_timeout_minutes)
+    world = init_process_group(settings.timeout_s)
     try:
         checkpoint = lifecycle.find(settings.resume, Path(settings.output_dir), world, Progress(world).say)
         Run(_resolved(settings, world, checkpoint), world, checkpoint).execute()

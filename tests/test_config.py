@@ -8,7 +8,8 @@ import sys
 import pytest
 import yaml
 
-from engine.config import FIELDS, GROUPS, REPOSITORY, Settings, parse, prepare_output_dir
+from engine.config import FIELDS, GROUPS, Settings, parse, prepare_output_dir
+from engine.config_checks import REPOSITORY
 from engine.errors import ConfigError
 
 

@@ -105,10 +105,10 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init_process_group(timeout_minutes: float = 30) -> World:
+def init_process_group(timeout_s: float = 1800) -> World:
     """Joins the run: finds this process's place and device, and readies torch.distributed, at any world size.
 
-    Without a launcher it is a run of one, which opens no port. `timeout_minutes` bounds every collective, not
+    Without a launcher it is a run of one, which opens no port. `timeout_s` bounds every collective, not
     `wait_for_all` and `raise_together`.
     """
     global _store
@@ -126,7 +126,7 @@ def init_process_group(timeout_minutes: float = 30) -> World:
             os.environ[name] = str(device.index)
 
     if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
+        timeout = timedelta(seconds=timeout_s)
         patience = max(timeout, MEETING_PLACE_TIMEOUT)
         store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", timeout=patience))[0]
         store.set_timeout(patience)

@@ -46,7 +46,7 @@ def straight_and_resumed(job: str, model: Path, out: Path, world: World) -> list
 def main() -> None:
     torch.set_num_threads(1)
     model, folder, *jobs = sys.argv[1:]
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     for job in jobs:
         out = Path(folder) / f"{job}@{world.size}"
         if world.is_main:

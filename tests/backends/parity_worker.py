@@ -135,7 +135,7 @@ def main() -> None:
     # the compiler's front only, which needs no C++ compiler and is quick: tests/model/test_compiled.py has the rest
     compiled.compile_layers = partial(compiled.compile_layers, backend="aot_eager")
     model, out, *cases = sys.argv[1:]
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     for case in cases:
         results = run(case, model, world)
         if world.is_main:

@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, folder, *jobs = sys.argv[1:]
     model, folder = Path(model), Path(folder)
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     for job in jobs:
         if job == "look":
             look_inside(model, folder, world)

@@ -23,7 +23,7 @@ STEPS, FIRST = 6, 3
 def main() -> None:
     torch.set_num_threads(1)
     model, folder, *jobs = sys.argv[1:]
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     for job in jobs:
         perform(job, Path(model), Path(folder), world)
     shutdown(world)

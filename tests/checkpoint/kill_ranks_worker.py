@@ -28,7 +28,7 @@ STEPS, MOMENTS = 8, 12
 
 def train(rank: int, model: Path, out: Path, case: str, at: int) -> None:
     """From the newest checkpoint on, a save after each step; the trap is armed in every one, but not in the first."""
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     trap = Trap(out)
     run = SmallRun(case, model, out, world, limit=1)
     checkpoint = find("auto", out, world, lambda line: None)

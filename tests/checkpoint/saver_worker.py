@@ -33,7 +33,7 @@ def describe_files(folder: Path, mine) -> dict[str, File]:
 
 def main() -> None:
     global rank
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     rank = world.rank
     saver.describe_files = describe_files
     for background in (False, True):

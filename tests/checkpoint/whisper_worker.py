@@ -15,7 +15,7 @@ from tests.checkpoint.small_run import SmallRun
 def main() -> None:
     torch.set_num_threads(1)
     model, out, *cases = sys.argv[1:]
-    world = init_process_group(timeout_minutes=1)
+    world = init_process_group(timeout_s=60)
     for case in cases:
         folder = Path(out) / case
         folder.mkdir(exist_ok=True)

@@ -8,7 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import HiggsAudioV2Config
 
-from engine.config import Settings
+from engine.config import SCHEMA, Settings
+from engine.config_checks import value_problems
 from engine.data.packing import pack
 from engine.errors import ConfigError
 from engine.model.initial import build_on_meta, fill, rebuild_buffers
@@ -235,5 +236,5 @@ def test_of_cut_matrices_the_nearest_change_is_one_that_can_be_set():
     changes = list(memory._changes(settings, 4, Row(20000, 18000, 200, 9000), heads=2))
     assert "--ds_config zero3 --tensor_parallel_size 1" in [words for words, *_ in changes]
     for words, changed, *_ in changes:
-        assert list(changed._value_problems()) == [], words
+        assert list(value_problems(changed, SCHEMA)) == [], words
         assert changed.tensor_parallel_size == 1 or "zero3" not in changed.ds_config, words
