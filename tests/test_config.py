@@ -367,7 +367,7 @@ def test_ds_config_is_found(inputs, monkeypatch):
     repository = inputs / "repository"
     (repository / "ds_configs").mkdir(parents=True)
     (repository / "ds_configs" / "zero7.json").write_text("{}")
-    monkeypatch.setattr("engine.config.REPOSITORY", repository)
+    monkeypatch.setattr("engine.config_checks.REPOSITORY", repository)
     for name in ("zero7", "zero7.json", "ds_configs/zero7.json", "ds_configs/zero7"):
         assert parsed(ds_config=name).ds_config == str(repository / "ds_configs/zero7.json")
     assert problem(ds_config="zero9") == "ds_config: there is no 'zero9' → a JSON file, or one of: zero7"

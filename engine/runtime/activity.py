@@ -1,0 +1,97 @@
+"""What this process is doing: which step, which phase, since when; kept where it can be read after a kill -9.
+
+A launcher that names a folder in HIGGS_ENGINE_RECORDS finds there a record of each rank of its machine. A record is
+memory that is mapped to a file: to write it takes microseconds and no system call, and it outlives the process.
+"""
+
+import json
+import mmap
+import os
+import socket
+import time
+from pathlib import Path
+
+FOLDER = "HIGGS_ENGINE_RECORDS"
+SIZE = 512
+"""Bytes of a record: JSON, filled up with spaces."""
+
+
+class Activity:
+    """One process's; the engine's code tells `current` below.
+
+    Attributes:
+        step: optimizer step under way, counted from 1 as in the log; None outside of the steps.
+        phase: in words.
+        since: time.time() of the last progress.
+        seconds: spent so far in each phase that was left.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.host, self.pid = 0, socket.gethostname(), os.getpid()
+        self.step: int | None = None
+        self.phase, self.since, self.code = "start", time.time(), None
+        self.seconds: dict[str, float] = {}
+        self._entered = time.monotonic()
+        self._memory: mmap.mmap | None = None
+
+    def keep(self, rank: int) -> None:
+        """From now on this process is `rank`, and its record a file where the launcher asked for one."""
+        self.rank, self.pid, self.code = rank, os.getpid(), None
+        folder = os.environ.get(FOLDER)
+        if folder and os.path.isdir(folder):
+            with open(Path(folder) / f"rank-{rank}.json", "w+b") as file:
+                file.truncate(SIZE)
+                self._memory = mmap.mmap(file.fileno(), SIZE)
+        self._write()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """A phase begins; without a step it is part of the one under way."""
+        now = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
+        self.phase, self._entered = phase, now
+        self.step = self.step if step is None else step
+        self.tick()
+
+    def outside(self, phase: str) -> None:
+        """A phase that belongs to no step begins."""
+        self.step = None
+        self.enter(phase)
+
+    def tick(self) -> None:
+        """The phase under way has got further."""
+        self.since = time.time()
+        self._write()
+
+    def ends(self, code: int) -> None:
+        """The process is about to end with this exit code."""
+        self.code = code
+        self._write()
+
+    def record(self) -> dict:
+        names = ("rank", "host", "pid", "step", "phase", "since", "code")
+        return {name: getattr(self, name) for name in names}
+
+    def _write(self) -> None:
+        if self._memory is not None:
+            self._memory[:] = json.dumps(self.record()).encode()[:SIZE].ljust(SIZE)
+
+
+current = Activity()
+
+
+def read_records(folder: Path) -> list[dict]:
+    """The records in a folder, by rank; one that its process had just begun is left out."""
+    found = []
+    for file in folder.glob("rank-*.json"):
+        try:
+            found.append(json.loads(file.read_text()))
+        except ValueError:
+            continue
+    return sorted(found, key=lambda record: record["rank"])
+
+
+def describe(record: dict, now: float) -> str:
+    """`rank 3 (node-b, pid 4711): step 12, backward, for 31 s`."""
+    step = "" if record["step"] is None else f"step {record['step']}, "
+    who = f"rank {record['rank']} ({record['host']}, pid {record['pid']})"
+    return f"{who}: {step}{record['phase']}, for {max(now - record['since'], 0):.0f} s"
