@@ -1,6 +1,6 @@
 """The command line: `higgs-engine COMMAND`, the same as `python -m engine COMMAND`. One short function a command.
 
-Mistakes that a user can mend are printed without a traceback and end with exit code 2.
+Mistakes that a user can mend are printed without a traceback; exit codes are those of engine/exit_codes.py.
 """
 
 import argparse
@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.exit_codes import DONE, FAILED, MISTAKE
+from engine.runtime import activity
 
-EXIT_MISTAKE = 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,14 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         print(f"higgs-engine: unknown command {name!r}\n\n{_overview()}", file=sys.stderr)
-        return EXIT_MISTAKE
+        return MISTAKE
+    if "RANK" in os.environ:
+        activity.current.keep(int(os.environ["RANK"]))
+    code = FAILED
     try:
-        return COMMANDS[name](rest) or 0
+        code = COMMANDS[name](rest) or DONE
     except EngineError as error:
         # of several processes one speaks: the one that knows, or the first
         if _rank() == getattr(error, "spokesman", 0):
             print(f"\nhiggs-engine {name}: {error}", file=sys.stderr, flush=True)
-        return EXIT_MISTAKE
+        code = error.code
+    finally:
+        activity.current.ends(code)
+    return code
 
 
 def _rank() -> int:
@@ -48,18 +55,24 @@ def _overview() -> str:
 def train(argv: list[str]) -> int:
     """Fine-tunes a model; usually started by launch/train.sh, which starts all processes."""
     from engine.config import help_text, parse
+    from engine.launch import dry_run
 
     if {"-h", "--help"} & set(argv):
         print(help_text("higgs-engine train"))
+        print(f"What is no setting:\n{dry_run.HELP}")
         return 0
-    settings = parse(argv)
+    given = dry_run.without(argv)
+    settings = parse(given)
+    if len(given) < len(argv):
+        dry_run.show_as_rank(settings)
+        return 0
     from engine.runtime.distributed import exit_cleanly
     from engine.train import train as run
 
-    run(settings)
+    code = run(settings)
     if "WORLD_SIZE" in os.environ:  # a worker of a launcher: leave past gloo's flaky teardown
-        exit_cleanly(0)
-    return 0
+        exit_cleanly(code)
+    return code
 
 
 def prepare(argv: list[str]) -> int:
@@ -94,7 +107,7 @@ def validate(argv: list[str]) -> int:
     if args.show is not None:
         print(show_row(settings, args.show))
         return 0
-    return 0 if validate_all(settings, args.report.absolute()) else EXIT_MISTAKE
+    return 0 if validate_all(settings, args.report.absolute()) else MISTAKE
 
 
 def plan(argv: list[str]) -> int:
@@ -117,7 +130,7 @@ def plan(argv: list[str]) -> int:
     machine = Machine(args.gpus, args.gpu_memory * 2**30, args.peak_tflops * 1e12, args.efficiency)
     lines, fits = report(load_config(settings.model_path), settings, machine)
     print("\n".join(lines))
-    return 0 if fits else EXIT_MISTAKE
+    return 0 if fits else MISTAKE
 
 
 def convert(argv: list[str]) -> None:
@@ -218,7 +231,7 @@ def adapters(argv: list[str]) -> int:
 
     found = find_adapters(args.path)
     print("\n".join(table(found, args.verbose)) if found else f"no adapter below {args.path}")
-    return 0 if all(adapter.is_sound for adapter in found) else EXIT_MISTAKE
+    return 0 if all(adapter.is_sound for adapter in found) else MISTAKE
 
 
 def verify(argv: list[str]) -> None:
@@ -282,6 +295,31 @@ between our own backends nothing has to be converted: any run resumes any checkp
 """
 
 
+def doctor(argv: list[str]) -> int:
+    """Checks machines and network before training; over all ranks by `bash launch/train.sh doctor ...`."""
+    parser = _parser("doctor", doctor, settings=True, epilog=DOCTOR)
+    add = parser.add_argument
+    add("--patience", type=float, default=60, metavar="S", help="seconds to wait for ranks and network (default 60)")
+    add("--json", type=Path, metavar="FILE", help="also write everything that was found there")
+    args, rest = _with_settings(parser, argv)
+    if args.patience <= 0:
+        parser.error("--patience has to be above 0")
+    from engine.doctor.examination import examine
+    from engine.runtime.distributed import exit_cleanly
+
+    code = examine(rest, args.patience, args.json)
+    if "WORLD_SIZE" in os.environ:
+        exit_cleanly(code)
+    return code
+
+
+DOCTOR = """\
+settings are optional: with them (--config recipe.yaml ...) also what they name is checked: data, model, output folder
+
+exit code 0: training may begin; 2: something would make it fail, and each failure is followed by what to do
+"""
+
+
 def demo(argv: list[str]) -> None:
     """Trains a small random Higgs on speech-like data that it makes itself, end to end, in about a minute."""
     parser = _parser("demo", demo)
@@ -329,5 +367,6 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "verify": verify,
     "inspect": inspect,
     "convert-checkpoint": convert_checkpoint,
+    "doctor": doctor,
     "demo": demo,
 }

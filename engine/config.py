@@ -209,7 +209,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.codes_cache_dir:
             self.codes_cache_dir = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/higgs-engine/codes"
-        words = {"resume": ("none", "auto", ""), "whisper_conditioning": ("off", "auto")}
+        words = {"resume": ("none", "auto", ""), "whisper_conditioning": ("off", "auto", "")}
         for name, field in FIELDS.items():
             value = getattr(self, name)
             if isinstance(value, list) and field.metadata["path"]:

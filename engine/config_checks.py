@@ -143,6 +143,6 @@ def find_ds_config(name: str) -> str | None:
     """The file meant by a path or a bare name: from the current directory, else from the repository."""
     for folder in (Path.cwd(), REPOSITORY, REPOSITORY / "ds_configs"):
         for path in (folder / os.path.expanduser(name), folder / f"{os.path.expanduser(name)}.json"):
-            if path.is_file():
+            if os.path.isfile(path):  # false, where Path.is_file raises, for a name too long
                 return os.path.abspath(path)
     return None

@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -19,6 +19,12 @@ import yaml
 
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+MOST_TEXT = 1 << 20
+"""Bytes of a settings file, and characters of what it says with every alias written out; all settings take 10 KB."""
+MOST_DEPTH = 20
+"""Lists within lists of a settings file, whose settings are two deep; to look further ahead takes PyYAML minutes."""
+MOST_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 METAVARS = {bool: "[BOOL]", int: "N", float: "X", str: "TEXT", list[str]: "A ...", list[float]: "X ..."}
 
 
@@ -92,24 +98,19 @@ class Reading:
 
     def read_yaml(self, path: str) -> None:
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-            node, tree = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-            if tree is not None and not isinstance(tree, dict):
-                raise ValueError("holds no settings")
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            lines, tree = _yaml_mapping(path)
+        except (OSError, ValueError, RuntimeError, yaml.YAMLError) as error:
             mark = getattr(error, "problem_mark", None)
             what = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else error
             what = getattr(error, "strerror", None) or what
             self.problems.append(f"{path}: {what} → give a YAML file of 'name: value' lines")
             self.failed.update(self.schema.fields)
             return
-        lines: dict[str, int] = {}
-        for key, _ in node.value if tree else ():
-            line = key.start_mark.line + 1
-            if lines.setdefault(key.value, line) != line:
-                first = lines[key.value]
-                self.problems.append(f"{path}: line {line}: {key.value} is also on line {first} → keep one")
-        for name, value in (tree or {}).items():
+        firsts: dict[str, int] = {}
+        for key, line in lines:
+            if firsts.setdefault(key, line) != line:
+                self.problems.append(f"{path}: line {line}: {_cut(key)} is also on line {firsts[key]} → keep one")
+        for name, value in tree.items():
             self._take(str(name), value, path)
 
     def _take(self, name: str, value: Any, source: str) -> None:
@@ -125,7 +126,7 @@ class Reading:
         if isinstance(value, dict):
             remedy = "the settings have no sections: write what it holds at the top level"
         where = "on the command line" if source == "command line" else f"in {source}"
-        self.problems.append(f"unknown setting {name!r} {where} → {remedy}")
+        self.problems.append(f"unknown setting {_cut(repr(name))} {where} → {remedy}")
 
     def _split_flags(self, argv: Iterable[str]) -> list[tuple[str, str | list[str]]]:
         """The (name, value) pairs of a command line, `config` among them, in its order; of a list all its words."""
@@ -152,6 +153,69 @@ class Reading:
                 is_list = get_origin(kind) is list and name in kinds
                 flags.append((name, values if is_list else ",".join(values or ["true"])))
         return flags
+
+
+class _Loader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            raise ValueError("nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _yaml_mapping(path: str) -> tuple[list[tuple[str, int]], dict]:
+    """The keys of a YAML file with their lines, and what they say. Plain values come of it, whatever is in the file.
+
+    Raises:
+        OSError, ValueError, RuntimeError (no such home folder), yaml.YAMLError: it cannot be read, or is no mapping.
+    """
+    with Path(path).expanduser().open("rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"holds more than {MOST_TEXT:,} bytes, which no settings do")
+    loader = _Loader(content.decode())
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return [], {}
+        _require_short(node)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        lines = [(str(key.value), key.start_mark.line + 1) for key, _ in pairs]
+        tree = loader.construct_document(node)
+    except (ValueError, yaml.YAMLError):
+        raise
+    except Exception as error:  # PyYAML's constructors stumble over values that are not what their !!tag says
+        raise ValueError(f"a value is not what its tag says ({type(error).__name__}: {_cut(str(error))})") from None
+    finally:
+        loader.dispose()
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError("holds no settings")
+    return lines, tree or {}
+
+
+def _require_short(node: yaml.Node) -> None:
+    """Aliases of aliases stand for more than memory holds, and are written out where a value is told or merged.
+
+    Raises:
+        ValueError: more than `MOST_TEXT` characters, or a value within itself.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def size(part: yaml.Node | tuple) -> int:
+        if id(part) not in sizes:
+            sizes[id(part)] = None
+            parts = part if isinstance(part, tuple) else part.value
+            sizes[id(part)] = 1 + (len(parts) if isinstance(parts, str) else sum(map(size, parts)))
+        if sizes[id(part)] is None:
+            raise ValueError("a value holds itself by an alias")
+        return sizes[id(part)]
+
+    if size(node) > MOST_TEXT:
+        raise ValueError(f"stands for more than {MOST_TEXT:,} characters by its aliases")
 
 
 def help_text(prog: str, schema: Schema, groups: Mapping[str, str]) -> str:
@@ -184,8 +248,8 @@ def _convert(schema: Schema, name: str, value: Any) -> Any:
     if cleared and (name in schema.optional or get_origin(kind) is list):
         return None if name in schema.optional else []
     switch = schema.fields[name].metadata["switch"]
-    if switch and str(value).lower() in TRUTH:
-        return switch[TRUTH[str(value).lower()]]
+    if switch and _shown(value).lower() in TRUTH:
+        return switch[TRUTH[_shown(value).lower()]]
     if get_origin(kind) is not list:
         return _scalar(value, kind, "" if default is None else f", such as {_shown(default)}")
     words = value if isinstance(value, list) else [value]
@@ -203,12 +267,14 @@ def _words(text: str) -> list[str]:
 def _scalar(value: Any, kind: type, example: str) -> Any:
     if kind is str:
         if not isinstance(value, str):
-            raise ValueError(f"{_shown(value)} is not text → put it in quotes{example}")
+            raise ValueError(f"{_cut(_shown(value))} is not text → put it in quotes{example}")
+        if re.search("[\0\ud800-\udfff]", value):  # no file can be named so, and none can hold it as UTF-8
+            raise ValueError(f"{_cut(ascii(value))} holds what is no character → write it in UTF-8, without NUL")
         return value
     if kind is bool:
-        if str(value).lower() not in TRUTH:
-            raise ValueError(f"{value!r} is neither true nor false → write true or false")
-        return TRUTH[str(value).lower()]
+        if _shown(value).lower() not in TRUTH:
+            raise ValueError(f"{_cut(_quoted(value))} is neither true nor false → write true or false")
+        return TRUTH[_shown(value).lower()]
     try:
         number = value
         if isinstance(value, str):  # also from YAML, which takes 1e-4 for text
@@ -218,11 +284,23 @@ def _scalar(value: Any, kind: type, example: str) -> Any:
         return kind(number)
     except (ValueError, TypeError, OverflowError):
         what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{value!r} is not {what} → give {what}{example}") from None
+        raise ValueError(f"{_cut(_quoted(value))} is not {what} → give {what}{example}") from None
 
 
 def _shown(value: Any) -> str:
     """A value as a user would write it."""
     if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        return " ".join(map(_shown, value)) or "none"
+    text = _quoted(value, str)
+    return text.lower() if value is None or isinstance(value, bool) else text
+
+
+def _quoted(value: Any, write: Callable[[Any], str] = repr) -> str:
+    try:
+        return write(value)
+    except ValueError:  # Python writes no integer of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text):,} characters)"

@@ -6,6 +6,8 @@ exception, so that a user mends them all before the next attempt.
 
 from collections.abc import Iterable
 
+from engine.exit_codes import DIVERGED, FAILED, MISTAKE
+
 
 class EngineError(Exception):
     """A mistake that its reader can mend; the command line prints it without a traceback.
@@ -13,9 +15,13 @@ class EngineError(Exception):
     Args:
         heading: what was being done or read.
         problems: one line for each mistake; at most `shown` are printed, the rest are counted.
+
+    Attributes:
+        code: the exit code of a process that ends with it.
     """
 
     shown = 25
+    code = MISTAKE
 
     def __init__(self, heading: str, problems: Iterable[str] = ()):
         self.heading = heading
@@ -46,3 +52,15 @@ class ModelError(EngineError):
 
 class CheckpointError(EngineError):
     """A checkpoint that is incomplete, foreign to this run, or cannot be written."""
+
+
+class Interrupted(EngineError):
+    """A run that was cut short by what a restart may mend: a process or a machine that is gone, a disk that failed."""
+
+    code = FAILED
+
+
+class Diverged(EngineError):
+    """Too many optimizer steps in a row whose numbers went wrong."""
+
+    code = DIVERGED

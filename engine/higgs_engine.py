@@ -16,16 +16,18 @@ from engine.backends import Blueprint, backend_class
 from engine.backends.tensors import State, read_tensors
 from engine.config import Settings
 from engine.data.packing import PackedBatch
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError, EngineError, ModelError
 from engine.model import attention, compiled, float8, fused, ulysses, whisper_source
 from engine.model.adapter_files import open_adapter
 from engine.model.initial import InitialWeights, build_on_meta
+from engine.model.loss import LossHead
 from engine.model.packed import PackedHiggsAudio, install
 from engine.model.trainable import choose_trainable, decayed, describe
 from engine.model.weights import WeightFiles
 from engine.plan.activations import Row
 from engine.plan.memory import GIB, for_training
-from engine.runtime.distributed import World
+from engine.runtime import activity
+from engine.runtime.distributed import World, raise_together
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,17 @@ class StepResult:
 
     Attributes:
         sums: fp32 [1 + C]; this process's sums of cross-entropies: text, then each codebook.
+        eos: fp32 [2]; of these the sum over audio targets that end a clip (EOS), and how many there are.
         grad_norm: fp32 scalar, before clipping, of the whole model.
+        skipped: fp32 scalar, 1 if the step was left out (engine/backends/guard.py), else 0.
+        limit: fp32 scalar, above what the norm would have been a spike.
     """
 
     sums: torch.Tensor
+    eos: torch.Tensor
     grad_norm: torch.Tensor
+    skipped: torch.Tensor
+    limit: torch.Tensor
 
 
 class HiggsEngine:
@@ -65,8 +73,8 @@ class HiggsEngine:
         summary: lines for the start-up print.
 
     Raises:
-        ConfigError, ModelError: the settings cannot be used with this model; the weights do not fit it, or the run
-            not into the GPU.
+        ConfigError, ModelError: the settings cannot be used with this model; the weights do not fit it, or are not
+            finite, or the run does not fit into the GPU.
     """
 
     def __init__(self, settings: Settings, world: World, files: WeightFiles, rounds: int, row: Row | None = None):
@@ -95,6 +103,7 @@ class HiggsEngine:
         self._shapes = shapes
         blueprint = Blueprint(model, core, weights, decayed(model), shapes)
         self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)
+        self._require_finite_weights(ModelError, f"{files.folder}: the model has weights", "take another copy of it")
 
     def _require_possible(self) -> None:
         settings, device = self.settings, self.world.device
@@ -111,6 +120,9 @@ class HiggsEngine:
         """The packed forward, and what the settings put in its place."""
         settings, pieces = self.settings, self.settings.sequence_parallel_size
         install(core, self.attention, self.checkpointing, settings.torch_compile)
+        for head in core.audio_lm_head.modules():
+            if isinstance(head, LossHead):
+                head.marked = core.config.audio_stream_eos_id
         if settings.use_liger_kernel:
             fused.install(core)
         if settings.float8:
@@ -120,20 +132,37 @@ class HiggsEngine:
 
     def train_step(self, batches: Iterable[PackedBatch], targets: Targets, learning_rate: float) -> StepResult:
         """One optimizer step over this process's micro-batches."""
-        sums = self.accumulate(batches, targets)
-        return StepResult(sums, self.backend.step(learning_rate))
+        sums = self._accumulate(batches, targets)
+        activity.current.enter("optimizer")
+        norm, guard = self.backend.step(learning_rate), self.backend.guard
+        return StepResult(sums[:-2], sums[-2:], norm, guard.skipped, guard.limit)
 
     def accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> torch.Tensor:
         """Forward and backward of all micro-batches of a step; returns this process's sums (fp32 [1 + C]).
 
         Those of all processes add up to the step's: where several have the same row, each counts its share.
+
+        Raises:
+            ValueError: there are fewer or more batches than `rounds`.
         """
-        weights = self._weights(targets)
-        total = torch.zeros(1 + self.config.num_codebooks, device=self.world.device)
+        return self._accumulate(batches, targets)[:-2]
+
+    def _accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> torch.Tensor:
+        """Returns fp32 [1 + C + 2]: `sums` and `eos` of a StepResult."""
+        weights, number = self._weights(targets), 0
+        total = torch.zeros(3 + self.config.num_codebooks, device=self.world.device)
         for number, batch in enumerate(batches, start=1):
+            if number > self.rounds:
+                raise ValueError(f"more than {self.rounds} micro-batches for a step → make the engine with more rounds")
+            activity.current.enter("forward")
             loss, sums = self.backend.forward(batch.to(self.world.device), *weights)
-            self.backend.backward(loss, last=number == self.rounds)
+            activity.current.enter("backward")
+            # the gradient of a loss that is not finite may be finite; the guard, which sees gradients, is to know
+            sound = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+            self.backend.backward(loss * sound, last=number == self.rounds)
             total += sums
+        if number < self.rounds:  # the gradients of the step would never be put together
+            raise ValueError(f"{number} of {self.rounds} micro-batches for a step → fill up with packing.empty_sample")
         return total / self.settings.tensor_parallel_size
 
     def _weights(self, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,12 +176,17 @@ class HiggsEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[PackedBatch]) -> torch.Tensor:
-        """Sums of cross-entropies over this process's batches (fp32 [1 + C]); every process needs as many batches."""
+        """Sums of cross-entropies over this process's batches; every process needs as many batches.
+
+        Returns:
+            fp32 [1 + C + 2]: `sums` and `eos` of a StepResult.
+        """
         weights = self._weights(Targets(1, (1,) * self.config.num_codebooks))
-        total = torch.zeros(1 + self.config.num_codebooks, device=self.world.device)
+        total = torch.zeros(3 + self.config.num_codebooks, device=self.world.device)
         self.backend.model.eval()
         for batch in batches:
             total += self.backend.forward(batch.to(self.world.device), *weights)[1]
+            activity.current.tick()
         self.backend.model.train()
         return total / self.settings.tensor_parallel_size
 
@@ -172,8 +206,20 @@ class HiggsEngine:
         """Takes weights and optimizer from a checkpoint, whatever number of processes of which backend wrote it.
 
         Raises:
-            CheckpointError: it is of another model, trained something else, or cannot be read.
+            CheckpointError: it is of another model, trained something else, cannot be read, or is not finite.
         """
         state = self.backend.state()
         read_tensors(state, folder)
         self.backend.restored(state)
+        self._require_finite_weights(CheckpointError, f"{folder}: it has weights", "resume from an earlier checkpoint")
+
+    def _require_finite_weights(self, kind: type[EngineError], heading: str, remedy: str) -> None:
+        """Raises `kind` on all processes if a weight, trained or not, has a value that no step could mend."""
+        broken = [name for name, local in self.backend.local_weights() if len(local) and not _is_finite(local)]
+        problem = kind(f"{heading} that are not finite, nothing can be trained from them → {remedy}:", broken)
+        raise_together(self.world, problem if broken else None)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Without temporaries as large as the values."""
+    return bool(torch.stack(values.aminmax()).isfinite().all())

@@ -2,9 +2,10 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from engine.data.loader import packed_batches
 from engine.data.mels import MelExtractor
 from engine.data.packing import PackedBatch
 from engine.data.split import split
-from engine.errors import CheckpointError, ConfigError, EngineError, ModelError
+from engine.errors import CheckpointError, ConfigError, DataError, EngineError, ModelError
+from engine.exit_codes import DONE, STOPPED
 from engine.export.adapters import write_adapter
 from engine.export.consolidate import consolidate
 from engine.export.model_folder import copy_side_files
@@ -32,24 +34,49 @@ from engine.higgs_engine import HiggsEngine, Targets
 from engine.model import whisper_source
 from engine.model.adapter_folder import SUBFOLDER as ADAPTERS
 from engine.model.weights import WeightFiles, load_tokenizer
-from engine.observe.metrics import Meter, MetricsFile, losses
+from engine.observe.health import Health
+from engine.observe.metrics import Meter, MetricsFile, eos_loss, losses
 from engine.observe.progress import Progress, format_step
+from engine.observe.stragglers import Stragglers
 from engine.plan.activations import Row, longest_row
-from engine.runtime import garbage
+from engine.runtime import activity, garbage
 from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
+from engine.runtime.faults import LOADER_WORKER, in_words
+from engine.runtime.signals import Response, StopRequests, StopVote
+from engine.runtime.watchdog import GOES_FIRST_S, Watchdog
 from engine.schedule import learning_rate
 
+RESTART = "HIGGS_ENGINE_RESTART"
+"""Environment variable in which a launcher says that the run has failed before: it goes on from its last checkpoint."""
 
-def train(settings: Settings) -> None:
-    """One process's part in a run; every process of the launcher calls it with the same settings."""
+
+def train(settings: Settings) -> int:
+    """One process's part in a run; every process of the launcher calls it with the same settings.
+
+    Returns:
+        The exit code: the run is complete, or was asked to stop and can be resumed (engine/exit_codes.py).
+    """
     transformers_log.disable_progress_bar()
-    world = init_process_group(settings.timeout_s)
-    try:
-        checkpoint = lifecycle.find(settings.resume, Path(settings.output_dir), world, Progress(world).say)
-        Run(_resolved(settings, world, checkpoint), world, checkpoint).execute()
-    except Exception as error:
-        raise_together(world, error)
+    world = init_process_group(settings.timeout_s + GOES_FIRST_S)
+    stop = StopRequests(settings.max_train_hours)
+    watchdog = Watchdog(world, settings.timeout_s, Path(settings.output_dir) / "stacks")
+    with stop.listening():
+        try:
+            with watchdog.watching():
+                code = _train(settings, world, stop)
+        except Exception as error:
+            stop.response = Response.NONE
+            raise_together(world, in_words(error, watchdog.beats))
     shutdown(world)
+    return code
+
+
+def _train(settings: Settings, world: World, stop: StopRequests) -> int:
+    output_dir, say = Path(settings.output_dir), Progress(world).say
+    if os.environ.get(RESTART) and lifecycle.checkpoints(output_dir):
+        settings = replace(settings, resume="auto")
+    checkpoint = lifecycle.find(settings.resume, output_dir, world, say)
+    return Run(_resolved(settings, world, checkpoint), world, checkpoint).execute(stop)
 
 
 def _resolved(settings: Settings, world: World, checkpoint: Path | None) -> Settings:
@@ -175,25 +202,54 @@ class Run:
 
     # ---------------------------------------------------------------- the loop
 
-    def execute(self) -> None:
+    def execute(self, stop: StopRequests) -> int:
+        """Resumes if there is a checkpoint, trains to the end or until `stop`; returns the exit code."""
         start = self._resume()
+        self.health = Health(
+            self.settings, self.engine, self.data, self._share_again, self.progress.say, resumed_step=start
+        )
         if self.world.is_main:
             self.settings.to_yaml(self.output_dir / "config.yaml")
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", start)
         batches = self._batches(start)
+        self.stragglers = Stragglers(self.world)
         self.progress.start(start, self.total)
         try:
-            with garbage.at_chosen_steps() as collect:
-                for step in self.plan.steps(start):
-                    self.saver.poll()
-                    self._step(step, batches)
-                    collect(step.number)
+            code = self._steps(start, batches, stop)
             self.saver.finish()
         except BaseException:
             self.saver.leave()
             raise
         self.progress.stop()
-        self._finish()
+        if code == DONE:
+            self._finish()
+        return code
+
+    def _steps(self, start: int, batches: Iterator[PackedBatch], stop: StopRequests) -> int:
+        vote = StopVote(stop, self.world, timedelta(seconds=self.settings.timeout_s + GOES_FIRST_S))
+        stop.response = Response.SAVE
+        code = DONE
+        with garbage.at_chosen_steps() as collect:
+            for step in self.plan.steps(start):
+                activity.current.enter("between steps", step.number + 1)
+                self.saver.poll()
+                self._step(step, batches)
+                collect(step.number)
+                if code := vote.after_step():
+                    self._stop(step, code)
+                    break
+        vote.close()
+        activity.current.outside("end of the steps")
+        stop.response = Response.LEAVE
+        return code
+
+    def _stop(self, step: Step, code: int) -> None:
+        """Leaves nothing unsaved behind."""
+        done = step.number + 1
+        why = "a signal asked for it" if code == STOPPED else f"max_train_hours ({self.settings.max_train_hours:g})"
+        if done < self.total and done % self.settings.save_steps:
+            self._save(done, step.epoch, None)
+        self.progress.say(f"stopped after step {done} of {self.total}: {why}; go on with --resume auto")
 
     def _batches(self, start: int) -> Iterator[PackedBatch]:
         steps = self.plan.steps(start)
@@ -203,46 +259,68 @@ class Run:
             workers=self.settings.dataloader_num_workers, device=self.world.device, piece=self.piece,
         )  # fmt: skip
 
+    def _share(self, step: Step, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """This process's batches of a step; one that cannot be made is an error that names its samples."""
+        for number, samples in enumerate(step.share(self.reader, self.readers, self.rounds), start=1):
+            activity.current.enter("data")
+            try:
+                batch = next(batches)
+            except Exception as error:
+                if isinstance(error, (OSError, EngineError)) or LOADER_WORKER in str(error):
+                    raise
+                raise DataError(
+                    f"step {step.number + 1}, micro-batch {number} of rank {self.world.rank} cannot be made of "
+                    f"{', '.join(self.data.names(samples))}; `higgs-engine validate` looks at every sample:",
+                    str(error).strip().splitlines()[-1:],
+                ) from error
+            yield batch
+
     def _step(self, step: Step, batches: Iterator[PackedBatch]) -> None:
-        settings, data = self.settings, self.data
+        settings, data, targets = self.settings, self.data, self._targets(step)
         chosen = [i for batch in step.micro_batches for i in batch]
-        targets = Targets(
-            int(data.text_targets[chosen].sum()), (int(data.audio_targets[chosen].sum()),) * data.codebooks
-        )
         rate = learning_rate(settings, step.number, self.total)
-        result = self.engine.train_step(islice(batches, self.rounds), targets, rate)
+        result = self.engine.train_step(self._share(step, batches), targets, rate)
         tokens = int(data.lengths[chosen].sum())
         self.meter.add(result, targets, tokens, float(data.audio_frames[chosen].sum()) / FRAMES_PER_SECOND)
+        self.health.add(step, rate, result)
         self.progress.step()
         done = step.number + 1
         last = done == self.total
         if done == 1 or done % settings.logging_steps == 0 or last:
-            values = self.meter.read()
-            self._require_finite(done, values["loss"], values["grad_norm"])
-            self._log({"step": done, "epoch": step.epoch, "learning_rate": rate} | values)
+            activity.current.enter("log")
+            steps, values = self.meter.steps, self.meter.read()
+            for line in self.stragglers.report(steps, values["seconds_per_step"]):
+                self.progress.say(line)
+            self._log({"step": done, "epoch": step.epoch, "learning_rate": rate} | self.health.report() | values)
+            self.health.require_progress()
         eval_loss = None
         if self.eval_data is not None and (done % settings.eval_steps == 0 or last):
             eval_loss = self._evaluate(done)
-        if done % settings.save_steps == 0 or last:
-            self._require_finite(done, result.grad_norm.item())
+        if last or done % settings.save_steps == 0 and self.health.may_save():
             self._save(done, step.epoch, eval_loss)
 
-    def _require_finite(self, done: int, *values: float) -> None:
-        """Ends a run whose numbers went wrong before anything of it is saved; all processes see the same values."""
-        if not all(map(math.isfinite, values)):
-            raise EngineError(
-                f"step {done}: loss or gradient norm is {', '.join(map(str, values))}, training has diverged → resume "
-                "from the last checkpoint with a lower learning_rate or more warmup_steps, and look at the data."
-            )
+    def _targets(self, step: Step) -> Targets:
+        chosen = [i for batch in step.micro_batches for i in batch]
+        text, audio = self.data.text_targets[chosen].sum(), self.data.audio_targets[chosen].sum()
+        return Targets(int(text), (int(audio),) * self.data.codebooks)
+
+    def _share_again(self, step: Step) -> tuple[Iterator[PackedBatch], Targets]:
+        """This process's batches of a step that has been, and the targets of all of it."""
+        share, token = step.share(self.reader, self.readers, self.rounds), self.files.config.audio_token_id
+        batches = packed_batches(
+            self.data, share, audio_token_id=token, workers=0, device=self.world.device, piece=self.piece
+        )
+        return batches, self._targets(step)
 
     def _log(self, values: dict) -> None:
         if self.world.is_main:
-            self.metrics.write(values)
+            self.metrics.write(values | self.health.alarm(values))
             self.progress.say(format_step(values, self.total))
 
-    def _evaluate(self, done: int) -> float:
-        """The loss on the held-out data, the same on all processes."""
+    def _evaluate(self, done: int) -> float | None:
+        """The loss on the held-out data, the same on all processes; None if it is not finite."""
         settings, data = self.settings, self.eval_data
+        activity.current.enter("evaluate")
         rounds = -(-len(self.eval_rows) // self.readers)
         mine = Step(0, 0, self.eval_rows).share(self.reader, self.readers, rounds)
         token = self.files.config.audio_token_id
@@ -252,9 +330,14 @@ class Run:
         if self.world.size > 1:
             torch.distributed.all_reduce(sums)
         audio_targets = [int(data.audio_targets.sum())] * data.codebooks
-        values = losses(sums.tolist(), int(data.text_targets.sum()), audio_targets, settings)
+        *sums, eos, eos_targets = sums.tolist()
+        values = losses(sums, int(data.text_targets.sum()), audio_targets, settings) | eos_loss(eos, eos_targets)
+        if not math.isfinite(values["loss"]):
+            self.progress.say(f"step {done}/{self.total} | eval loss is not finite")
+            return None
         if self.world.is_main:
-            self.metrics.write({"step": done} | {f"eval_{name}": value for name, value in values.items()})
+            alarm = self.health.alarm_held_out(values, audio_targets[0])
+            self.metrics.write({"step": done} | {f"eval_{name}": value for name, value in values.items()} | alarm)
             self.progress.say(f"step {done}/{self.total} | eval loss {values['loss']:.4f}")
         return values["loss"]
 
@@ -304,6 +387,7 @@ class Run:
         return found.step
 
     def _save(self, step: int, epoch: int, eval_loss: float | None) -> None:
+        activity.current.enter("save")
         manifest = self._manifest(step, epoch, eval_loss)
         self.saver.save(manifest, self.engine.state(), self._write_once)
         if self.settings.async_save:

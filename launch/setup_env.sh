@@ -9,7 +9,7 @@
 
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 
-die() { echo "error: $1" >&2; exit 1; }
+die() { echo "error: $1" >&2; exit 2; }  # engine/exit_codes.py: MISTAKE
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; }
 

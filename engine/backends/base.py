@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.backends.guard import Guard
+from engine.backends.moments import flat_shard
 from engine.backends.tensors import State
 from engine.config import Settings
 from engine.model.initial import InitialWeights
@@ -49,11 +51,13 @@ class Backend(ABC):
         model: the model that `blueprint.model` became.
         adapters_only: whether `state` leaves out what is not trained.
         precision: one line for the start-up print.
+        guard: decides in each `step` whether it may change anything.
     """
 
     model: nn.Module
     precision: str
     adapters_only: bool
+    guard: Guard
 
     @abstractmethod
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
@@ -69,11 +73,23 @@ class Backend(ABC):
 
     @abstractmethod
     def step(self, learning_rate: float) -> torch.Tensor:
-        """Clips, updates, clears the gradients. Returns the gradient norm before clipping (fp32 scalar)."""
+        """Clips, updates if the guard lets it, clears the gradients.
+
+        Returns:
+            The gradient norm before clipping (fp32 scalar), not finite where any gradient of any process is not.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """In the place of `step`: clears the gradients, and everything else stays as it is. A collective."""
 
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full fp32 gradient of every trained parameter, after the last backward and before `step`."""
+
+    def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This process's part of every weight, trained or not, one-dimensional."""
+        return ((name, flat_shard(parameter)) for name, parameter in self.model.named_parameters())
 
     @abstractmethod
     def state(self) -> State:

@@ -20,10 +20,12 @@ from deepspeed.utils import groups as process_groups
 from deepspeed.utils import safe_get_full_grad
 
 from engine.backends.base import Backend, Blueprint
+from engine.backends.guard import Guard
+from engine.backends.moments import CompactAdamW
 from engine.backends.tensor_parallel import CutWeights, add_up_once, autotp_section
 from engine.backends.tensors import State
-from engine.backends.torch_optimizer import clip_, global_norm, make_adamw, set_learning_rate, share_step, state_of
-from engine.backends.zero_state import zero_restored, zero_state
+from engine.backends.torch_optimizer import clip_, global_norm, make_adamw, set_learning_rate, share_counters, state_of
+from engine.backends.zero_state import weight_of, zero_restored, zero_state
 from engine.config import Settings
 from engine.errors import ConfigError
 from engine.model.cut import require_divisible
@@ -102,6 +104,7 @@ def _contradictions(given: dict, filled: dict, settings: Settings, processes: in
 class DeepSpeedBackend(Backend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.world, self.max_norm = world, settings.max_grad_norm
+        self.guard, self._judged = Guard(settings.skip_spikes_sigma, world.device), True
         self.config = complete_config(settings, world.size, rounds)
         self.parts = settings.tensor_parallel_size
         require_divisible(blueprint.core.config, self.parts)
@@ -121,6 +124,7 @@ class DeepSpeedBackend(Backend):
         self.engine, *_ = deepspeed.initialize(
             model=blueprint.model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
+        self.optimizer.register_step_pre_hook(self._judge_before_update)
         self.model = self.engine.module
         self.cuts = self._after_cutting() if self.parts > 1 else None
         if settings.bf16:
@@ -187,14 +191,44 @@ class DeepSpeedBackend(Backend):
     def step(self, learning_rate: float) -> torch.Tensor:
         set_learning_rate(self.optimizer, learning_rate)
         if self.stage:
+            self._judged = False
             self.engine.step()
-            return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+            if not self._judged:  # in fp32, and always in stage 3, DeepSpeed leaves out what is not finite by itself
+                self._judge(self._norm_of_zero())
+                if isinstance(self.optimizer, CompactAdamW):
+                    self.optimizer.skip()
+            return self._norm_of_zero()
         named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         gradients = list(named.values())
         norm = self.cuts.norm(named) if self.cuts else global_norm(gradients, self.world.device)
+        self._judge(norm)
         clip_(gradients, norm, self.max_norm)
         self.engine.step()
         return norm
+
+    def _norm_of_zero(self) -> torch.Tensor:
+        """Which DeepSpeed finds within its step, before the update."""
+        return torch.as_tensor(self.engine.optimizer._global_grad_norm, dtype=torch.float32, device=self.world.device)
+
+    def _judge(self, norm: torch.Tensor) -> None:
+        self.optimizer.found_inf = self.guard.judge(norm)
+        self._judged = True
+
+    def _judge_before_update(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        """ZeRO updates one group of weights after the other; the first of a step asks for all."""
+        if not self._judged:
+            self._judge(self._norm_of_zero())
+        # where masters are in host memory, AdamW would copy without waiting for the copy
+        updated = next(p for group in optimizer.param_groups for p in group["params"])
+        optimizer.found_inf = optimizer.found_inf.to(updated.device)
+
+    def discard(self) -> None:
+        # DeepSpeed clears what it has gathered in a step of its own, in which AdamW has to do nothing
+        self.optimizer.step = lambda closure=None: None
+        try:
+            self.engine.step()
+        finally:
+            del self.optimizer.step
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -206,6 +240,9 @@ class DeepSpeedBackend(Backend):
             else:
                 yield name, gradient.view(self.shapes[name])
 
+    def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, weight_of(p, p.numel()).local) for name, p in self.model.named_parameters())
+
     def state(self) -> State:
         state = self._own_state()
         return self.cuts.widened(state) if self.cuts else state
@@ -213,14 +250,14 @@ class DeepSpeedBackend(Backend):
     def _own_state(self) -> State:
         """Fragments of what this process has, as views."""
         if not self.stage:
-            return state_of(self.stored(), self.optimizer)
+            return state_of(self.stored(), self.optimizer, self.guard)
         shapes = self.cuts.shapes if self.cuts else self.shapes
-        return zero_state(self.stored(), shapes, self.engine.optimizer, self.optimizer)
+        return zero_state(self.stored(), shapes, self.engine.optimizer, self.optimizer, self.guard)
 
     def restored(self, state: State) -> None:
         if self.cuts:
             self.cuts.write_back(state, self._own_state())
         if self.stage:
-            zero_restored(self.engine.optimizer, self.optimizer)
+            zero_restored(self.engine.optimizer, self.optimizer, self.guard)
         else:
-            share_step(self.optimizer)
+            share_counters(self.optimizer, self.guard)

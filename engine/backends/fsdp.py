@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from engine.backends.base import Blueprint
+from engine.backends.guard import Guard
 from engine.backends.tensors import Fragment
 from engine.backends.torch_optimizer import TorchBackend, make_adamw
 from engine.config import Settings
@@ -25,6 +26,7 @@ class FSDPBackend(TorchBackend):
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.model, self.device, self.max_norm = blueprint.model, world.device, settings.max_grad_norm
         self.processes, self.adapters_only = world.size, settings.use_lora
+        self.guard = Guard(settings.skip_spikes_sigma, world.device)
         self.reduce_once, self.reshard = settings.fsdp_reduce_once, settings.fsdp_reshard_after_forward
         shards = world.size // settings.fsdp_replicas
         mesh = init_device_mesh(

@@ -134,11 +134,16 @@ class CompactAdamW(torch.optim.Optimizer):
         self.dtype = dtype
 
     def moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor | Coded]:
-        """A parameter's state, made when first asked for. The counter stays on the host: no step waits to read it."""
+        """A parameter's state, made when first asked for.
+
+        `step` counts updates, on the device, where a skipped step is known of; `draws` counts steps, skipped or not,
+        on the host, where the generator of the rounding is seeded.
+        """
         state = self.state[parameter]
         if not state:
             flat = flat_shard(parameter)
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["draws"] = torch.zeros((), dtype=torch.int64)
             if self.dtype == "bf16":
                 state |= {k: torch.zeros_like(flat, dtype=torch.bfloat16) for k in ("exp_avg", "exp_avg_sq")}
             else:
@@ -148,25 +153,35 @@ class CompactAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        """Updates, unless `found_inf` (an fp32 scalar that is set as for torch's fused AdamW) is 1."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, self.moments(parameter), group)
 
+    def skip(self) -> None:
+        """A step was left out by someone who did not even call `step`."""
+        for state in self.state.values():
+            state["draws"] += 1
+
     def _update(self, parameter: torch.Tensor, state: dict, group: dict) -> None:
-        state["step"] += 1
-        step, lr, (beta1, beta2) = int(state["step"]), group["lr"], group["betas"]
-        # tensors: compiled code would be made anew for each other number
-        rates = torch.tensor([1 - lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5])
         weight, gradient = flat_shard(parameter), _local(parameter.grad).reshape(-1)
+        found_inf = getattr(self, "found_inf", None)
+        skipped = torch.zeros_like(state["step"]) if found_inf is None else found_inf.to(weight.device)
+        state["step"] += 1 - skipped
+        state["draws"] += 1
+        step, lr, (beta1, beta2) = state["step"].double(), group["lr"], group["betas"]
+        # tensors: compiled code would be made anew for each other number
+        keep = torch.tensor(1 - lr * group["weight_decay"])
+        rates = keep, (lr / (1 - beta1**step)).float(), (1 - beta2**step).sqrt().float()
         update = _updates(self.dtype, weight.device.type)
-        draw = torch.Generator(weight.device).manual_seed(step)
+        draw = torch.Generator(weight.device).manual_seed(int(state["draws"]))
         for start in range(0, len(weight), CHUNK):
             stop = min(start + CHUNK, len(weight))
             noise = torch.rand(2, stop - start, device=weight.device, generator=draw)
             kept = (part for key in ("exp_avg", "exp_avg_sq") for part in _parts(state[key], start, stop))
             part = slice(start, stop)
-            update(weight[part], gradient[part], *kept, *noise, *rates, beta1, beta2, group["eps"])
+            update(skipped > 0, weight[part], gradient[part], *kept, *noise, *rates, beta1, beta2, group["eps"])
 
 
 def flat_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -189,26 +204,27 @@ def _updates(dtype: str, device: str):
     return update if device == "cpu" else torch.compile(update, dynamic=True)
 
 
-def _update_bf16(weight, gradient, mean, square, noise_m, noise_s, *how) -> None:
-    new_mean, new_square = _adamw(weight, gradient, mean.float(), square.float(), *how)
-    mean.copy_(to_bf16(new_mean, noise_m))
-    square.copy_(to_bf16(new_square, noise_s))
+def _update_bf16(skipped, weight, gradient, mean, square, noise_m, noise_s, *how) -> None:
+    new_mean, new_square = _adamw(skipped, weight, gradient, mean.float(), square.float(), *how)
+    mean.copy_(torch.where(skipped, mean, to_bf16(new_mean, noise_m)))
+    square.copy_(torch.where(skipped, square, to_bf16(new_square, noise_s)))
 
 
-def _update_int8(weight, gradient, mean, mean_scales, square, square_scales, noise_m, noise_s, *how) -> None:
+def _update_int8(skipped, weight, gradient, mean, mean_scales, square, square_scales, noise_m, noise_s, *how) -> None:
     old = decode(mean, mean_scales), decode(square, square_scales)
-    news = _adamw(weight, gradient, *old, *how)
+    news = _adamw(skipped, weight, gradient, *old, *how)
     for codes, scales, new, noise in zip(
         (mean, square), (mean_scales, square_scales), news, (noise_m, noise_s), strict=True
     ):
         new_codes, new_scales = encode(new, codes.dtype, noise)
-        codes.copy_(new_codes)
-        scales.copy_(new_scales)
+        codes.copy_(torch.where(skipped, codes, new_codes))
+        scales.copy_(torch.where(skipped, scales, new_scales))
 
 
-def _adamw(weight, gradient, mean, square, keep, rate, correction, beta1, beta2, epsilon):
-    """Updates the weight by the exact new moments; returns these, fp32."""
+def _adamw(skipped, weight, gradient, mean, square, keep, rate, correction, beta1, beta2, epsilon):
+    """Updates the weight by the exact new moments, unless the step is skipped; returns these, fp32."""
     mean = mean.lerp(gradient, 1 - beta1)
     square = square * beta2 + gradient * gradient * (1 - beta2)
-    weight.copy_(weight * keep - rate * mean / (square.sqrt() / correction + epsilon))
+    updated = weight * keep - rate * mean / (square.sqrt() / correction + epsilon)
+    weight.copy_(torch.where(skipped, weight, updated))
     return mean, square

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from engine.backends.base import Blueprint
+from engine.backends.guard import Guard
 from engine.backends.torch_optimizer import TorchBackend, make_adamw
 from engine.config import Settings
 from engine.model.initial import fill, rebuild_buffers
@@ -17,7 +18,7 @@ class PlainBackend(TorchBackend):
 
     def __init__(self, blueprint: Blueprint, settings: Settings, world: World, rounds: int):
         self.model, self.device, self.max_norm = blueprint.model, world.device, settings.max_grad_norm
-        self.adapters_only = settings.use_lora
+        self.adapters_only, self.guard = settings.use_lora, Guard(settings.skip_spikes_sigma, world.device)
         fill(self.model, blueprint.weights, world.device, torch.float32)
         rebuild_buffers(blueprint.core, world.device)
         groups = optimizer_groups(self.model, blueprint.decayed, settings.weight_decay)

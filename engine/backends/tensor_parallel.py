@@ -122,7 +122,11 @@ class CutWeights:
         parts = [gradient for name, gradient in gradients.items() if axis(name) is not None]
         others = [gradient for name, gradient in gradients.items() if axis(name) is None]
         device = self.world.device
-        return torch.hypot(global_norm(parts, device, self.group), global_norm(others, device))
+        norm = torch.hypot(global_norm(parts, device, self.group), global_norm(others, device))
+        # `others` are the same in the group but for last bits; what is decided by the norm must be one decision
+        norm.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=self.group)
+        return norm
 
     def whole(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A tensor of the parameter's layout, put together from the group's parts."""

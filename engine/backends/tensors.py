@@ -4,6 +4,7 @@
     exp_avg.<name>    AdamW's moments, fp32 or bf16
     exp_avg_sq.<name>
     step              AdamW's counter, one element
+    guard             what the next step's gradients are compared with (guard.py); checkpoints of before have none
 
 FSDP cuts a tensor by rows, ZeRO 1 and 2 cut the concatenation of all, ZeRO 3 cuts each one evenly: seen flat, all are
 ranges of elements. So torch's distributed checkpoint (DCP) stores ranges of one-dimensional tensors, and its
@@ -26,9 +27,14 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from engine.errors import CheckpointError
+from engine.untrusted import path_within
 
 FOLDER = "tensors"
 """Name of the DCP folder within a checkpoint."""
+
+
+GUARD = "guard"
+"""The one key that a checkpoint may lack."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ def read_tensors(state: State, folder: Path) -> None:
         CheckpointError: files that cannot be read, tensors that are missing or have another size; all are named.
     """
     reader = Reader(folder)
+    stored = reader.metadata.state_dict_metadata
+    state = {key: fragment for key, fragment in state.items() if key in stored or key != GUARD}
     _require_fit(state, reader.metadata, folder)
     reader.fill(state)
 
@@ -174,6 +182,7 @@ class Reader(dcp.FileSystemReader):
         try:
             with open(file, "rb") as opened:
                 self.metadata: Metadata = _TableOfContents(opened).load()
+            _require_sound(self.metadata)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from None
         except Exception as error:  # pickle raises whatever it stumbles over
@@ -192,7 +201,10 @@ class Reader(dcp.FileSystemReader):
     def tensor(self, key: str) -> torch.Tensor:
         """One whole tensor, one-dimensional, in the stored dtype."""
         stored = self.metadata.state_dict_metadata[key]
-        flat = torch.empty(stored.size, dtype=stored.properties.dtype)
+        try:
+            flat = torch.empty(stored.size, dtype=stored.properties.dtype)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.path}: no memory for {key} as it is said to be ({error}).") from None
         self.fill({key: Fragment.whole(flat)})
         return flat
 
@@ -221,6 +233,36 @@ class _TableOfContents(pickle.Unpickler):
         if name in self.RECORDS and found.__module__ == module or module == "torch" and isinstance(found, torch.dtype):
             return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+def _require_sound(contents: Metadata) -> None:
+    """
+    Raises:
+        ValueError, or whatever records without their fields lead to: not the table of a checkpoint of this engine.
+    """
+    for key, entry in contents.state_dict_metadata.items():
+        numel = _one(entry.size)
+        if not isinstance(key, str) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{key!r} is no tensor")
+        for chunk in entry.chunks:
+            if not 0 <= _one(chunk.offsets) <= _one(chunk.offsets) + _one(chunk.sizes) <= numel:
+                raise ValueError(f"{key} has parts beyond its end")
+    for index, place in contents.storage_data.items():
+        path_within(str(place.relative_path))
+        if (
+            not isinstance(index.fqn, str)
+            or _one(index.offset) < 0
+            or not 0 <= place.offset <= place.offset + place.length
+        ):
+            raise ValueError(f"{index.fqn!r} has no place")
+
+
+def _one(sizes: torch.Size) -> int:
+    """The only one of them, for all is stored flat."""
+    (size,) = sizes
+    if not isinstance(sizes, torch.Size) or size < 0:
+        raise ValueError(f"{sizes} is the size of nothing")
+    return size
 
 
 def _member(enumeration: type, name: str):

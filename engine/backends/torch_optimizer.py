@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from engine.backends.base import Backend
+from engine.backends.guard import Guard
 from engine.backends.moments import Coded, CompactAdamW, flat_shard
-from engine.backends.tensors import Fragment, State
+from engine.backends.tensors import GUARD, Fragment, State
 from engine.config import Settings
 
 NORM_BLOCK = 2**16
@@ -43,26 +44,31 @@ class TorchBackend(Backend):
     def step(self, learning_rate: float) -> torch.Tensor:
         gradients = list(self.local_gradients())
         norm = global_norm(gradients, self.device, self.shard_group)
+        self.optimizer.found_inf = self.guard.judge(norm)
         clip_(gradients, norm, self.max_norm)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
     def fragment(self, tensor: torch.Tensor) -> Fragment:
         """This process's part of a parameter or of a moment of the same layout."""
         return Fragment.whole(tensor)
 
     def state(self) -> State:
-        return state_of(self.stored(), self.optimizer, self.fragment)
+        return state_of(self.stored(), self.optimizer, self.guard, self.fragment)
 
     def restored(self, state: State) -> None:
-        restore(self.stored(), self.optimizer, state)
+        restore(self.stored(), self.optimizer, self.guard, state)
 
 
 def state_of(
     stored: Iterator[tuple[str, nn.Parameter]],
     optimizer: AdamW,
+    guard: Guard,
     fragment: Callable[[torch.Tensor], Fragment] = Fragment.whole,
 ) -> State:
     """Weights and moments of an optimizer that steps the parameters themselves.
@@ -77,14 +83,14 @@ def state_of(
         if parameter.requires_grad:
             moments = moments_of(parameter, optimizer)
             state |= {f"{key}.{name}": Fragment(_shown(moments[key]), weight.start, weight.numel) for key in MOMENTS}
-    return state | {"step": step_counter(optimizer)}
+    return state | counters(optimizer, guard)
 
 
 def _shown(moment: torch.Tensor | Coded) -> torch.Tensor:
     return moment.shown() if isinstance(moment, Coded) else flat_shard(moment)
 
 
-def restore(stored: Iterator[tuple[str, nn.Parameter]], optimizer: AdamW, state: State) -> None:
+def restore(stored: Iterator[tuple[str, nn.Parameter]], optimizer: AdamW, guard: Guard, state: State) -> None:
     """Takes back from a state of `state_of`, filled from a checkpoint, what is no view of the training's memory."""
     for name, parameter in stored:
         if parameter.requires_grad:
@@ -92,7 +98,7 @@ def restore(stored: Iterator[tuple[str, nn.Parameter]], optimizer: AdamW, state:
             for key in MOMENTS:
                 if isinstance(moments[key], Coded):
                     moments[key].take(state[f"{key}.{name}"].local)
-    share_step(optimizer)
+    share_counters(optimizer, guard)
 
 
 def moments_of(parameter: torch.Tensor, optimizer: AdamW) -> dict[str, torch.Tensor | Coded]:
@@ -106,16 +112,24 @@ def moments_of(parameter: torch.Tensor, optimizer: AdamW) -> dict[str, torch.Ten
     return optimizer.state[parameter]
 
 
-def step_counter(optimizer: AdamW) -> Fragment:
-    """AdamW counts for each parameter, but all step together: the first counter stands for all."""
-    return Fragment.whole(next(iter(optimizer.state.values()))["step"])
+def counters(optimizer: AdamW, guard: Guard) -> State:
+    """What is no part's but the whole run's: AdamW's counter, and what the guard goes by.
+
+    AdamW counts for each parameter, but all step together: the first counter stands for all.
+    """
+    step = next(iter(optimizer.state.values()))["step"]
+    return {"step": Fragment.whole(step), GUARD: Fragment.whole(guard.memory)}
 
 
-def share_step(optimizer: AdamW) -> None:
-    """Sets all counters to the one that `step_counter` shows."""
-    first, *others = (moments["step"] for moments in optimizer.state.values())
-    for step in others:
-        step.copy_(first)
+def share_counters(optimizer: AdamW, guard: Guard) -> None:
+    """Sets all counters by those that `counters` shows."""
+    first, *others = optimizer.state.values()
+    for moments in others:
+        moments["step"].copy_(first["step"])
+    if isinstance(optimizer, CompactAdamW):
+        draws = int(first["step"]) + guard.counts()[0]
+        for moments in optimizer.state.values():
+            moments["draws"].fill_(draws)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

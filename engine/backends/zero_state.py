@@ -11,13 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from engine.backends.guard import Guard
 from engine.backends.tensors import Fragment, State
-from engine.backends.torch_optimizer import MOMENTS, moments_of, share_step, step_counter
+from engine.backends.torch_optimizer import MOMENTS, counters, moments_of, share_counters
 from engine.errors import ConfigError
 
 
 def zero_state(
-    stored: Iterator[tuple[str, nn.Parameter]], shapes: dict[str, torch.Size], zero, optimizer: torch.optim.AdamW
+    stored: Iterator[tuple[str, nn.Parameter]],
+    shapes: dict[str, torch.Size],
+    zero,
+    optimizer: torch.optim.AdamW,
+    guard: Guard,
 ) -> State:
     """Fragments of weights and moments, as views of DeepSpeed's memory.
 
@@ -31,7 +36,7 @@ def zero_state(
     for name, parameter in stored:
         numel = shapes[name].numel()
         if not parameter.requires_grad:
-            state[f"model.{name}"] = _frozen(parameter, numel)
+            state[f"model.{name}"] = weight_of(parameter, numel)
             continue
         place = _place_stage3(parameter, zero) if hasattr(parameter, "ds_id") else _place(parameter, zero)
         if place is None:
@@ -41,7 +46,7 @@ def zero_state(
         moments = moments_of(flat, optimizer)
         for key, whole in [("model", flat.detach()), *((key, moments[key]) for key in MOMENTS)]:
             state[f"{key}.{name}"] = Fragment(whole.narrow(0, offset, length), start, numel)
-    return state | {"step": step_counter(optimizer)}
+    return state | counters(optimizer, guard)
 
 
 def _flat_masters(zero) -> list[torch.Tensor]:
@@ -81,8 +86,12 @@ def _share(parameter: nn.Parameter, share: int) -> tuple[int, int]:
     return start, min(share, parameter.ds_numel - start)
 
 
-def _frozen(parameter: nn.Parameter, numel: int) -> Fragment:
-    """What is not trained has no master: ZeRO 3 shares the weight itself, the others hold all of it everywhere."""
+def weight_of(parameter: nn.Parameter, numel: int) -> Fragment:
+    """The weight itself (what is not trained has no master): ZeRO 3 shares it, the others hold all of it everywhere.
+
+    Args:
+        numel: of the full weight; ZeRO 3 empties it.
+    """
     if not hasattr(parameter, "ds_id"):
         return Fragment.whole(parameter)
     start, length = _share(parameter, parameter.ds_tensor.numel())
@@ -90,9 +99,9 @@ def _frozen(parameter: nn.Parameter, numel: int) -> Fragment:
 
 
 @torch.no_grad()
-def zero_restored(zero, optimizer: torch.optim.AdamW) -> None:
+def zero_restored(zero, optimizer: torch.optim.AdamW, guard: Guard) -> None:
     """After new masters and moments: the weights that the forward uses are made from them."""
-    share_step(optimizer)
+    share_counters(optimizer, guard)
     if not hasattr(zero, "fp16_partitioned_groups_flat"):
         zero.update_lp_params()
         return

@@ -13,9 +13,12 @@ import platform
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from engine import __version__
 from engine.errors import CheckpointError
+from engine.untrusted import MOST_BYTES, parse_object, path_within
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -79,10 +82,10 @@ def _seal(content: dict) -> str:
 def parse_manifest(text: str, source: Path) -> Manifest:
     """Raises CheckpointError: not a manifest, or of another format than this version reads."""
     try:
-        raw = json.loads(text)
-        found = raw.get("format")
-    except (ValueError, AttributeError) as error:
+        raw = parse_object(text)
+    except ValueError as error:
         raise CheckpointError(f"{source}: damaged ({error}) → take another checkpoint.") from None
+    found = raw.get("format")
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         remedy = "update the engine" if newer else "take a checkpoint of this version, or the version that wrote it"
@@ -91,23 +94,36 @@ def parse_manifest(text: str, source: Path) -> Manifest:
         raise CheckpointError(
             f"{source}: changed since it was saved (its SHA-256 is another) → take another checkpoint."
         )
-    known = {entry.name for entry in fields(Manifest)}
-    problems = [f"{name} is unknown" for name in raw.keys() - known]
-    problems += [f"{name} is missing" for name in known - raw.keys()]
+    known = {entry.name: entry.type for entry in fields(Manifest)}
+    problems = [f"{name} is unknown" for name in raw.keys() - known.keys()]
+    problems += [f"{name} is missing" for name in known.keys() - raw.keys()]
     try:
-        raw["files"] = {_inside(name): File(**entry) for name, entry in raw["files"].items()}
-        if not problems:
-            return Manifest(**raw)
+        raw["files"] = {path_within(name): File(**entry) for name, entry in raw["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problems.append(f"files: {error}")
-    raise CheckpointError(f"{source}: damaged → take another checkpoint:", sorted(problems))
+    else:
+        problems += [f"{name} is of another kind" for name in raw.keys() & known if not _fits(raw[name], known[name])]
+    if problems:
+        raise CheckpointError(f"{source}: damaged → take another checkpoint:", sorted(problems))
+    return Manifest(**raw)
 
 
-def _inside(name: str) -> str:
-    """Paths come from a file that anybody may have written; none leads out of the checkpoint."""
-    if os.path.isabs(name) or ".." in Path(name).parts:
-        raise ValueError(f"{name} is not a path within the checkpoint")
-    return name
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a field's type. Numbers of things are not below 0, and fit into 64 bits."""
+    if kind is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is File:
+        return _fits(value.bytes, int) and _fits(value.sha256, str)
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if get_origin(kind) is list:
+        return type(value) is list and all(_fits(one, inner[0]) for one in value)
+    if get_origin(kind) is dict:
+        return type(value) is dict and all(_fits(one, inner[1]) for one in value.values())
+    return type(value) is kind
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -118,7 +134,11 @@ def load_manifest(folder: Path) -> Manifest:
     """
     file = Path(folder) / MANIFEST
     try:
-        return parse_manifest(file.read_text(), file)
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise CheckpointError(f"{file}: larger than {MOST_BYTES >> 20} MiB, so it is no manifest.")
+        return parse_manifest(text, file)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST} there → it is not a complete checkpoint.") from None
     except (OSError, UnicodeDecodeError) as error:

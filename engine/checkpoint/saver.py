@@ -21,6 +21,7 @@ from engine.backends.tensors import Fragment, State, total_bytes, write_tensors
 from engine.checkpoint import lifecycle
 from engine.checkpoint.manifest import File, Manifest, describe_files
 from engine.errors import CheckpointError, EngineError
+from engine.runtime import activity
 from engine.runtime.agreement import Ballot
 from engine.runtime.distributed import World
 
@@ -76,7 +77,7 @@ class Saver:
         self._say, self._done = say, done
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITE) if world.size > 1 else None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._ballot = Ballot(world) if background else None
+        self._ballot = Ballot(world, dist.ReduceOp.MIN, SLOWEST_WRITE) if background else None
         self._under_way: concurrent.futures.Future | None = None
         self._copies: dict[str, torch.Tensor] = {}
         self._failures = 0
@@ -107,7 +108,7 @@ class Saver:
         Raises:
             CheckpointError: its was the second failure in a row.
         """
-        if self._under_way is not None and self._ballot.unanimous(self._under_way.done()):
+        if self._under_way is not None and self._ballot.vote(self._under_way.done()):
             self.wait()
 
     def wait(self) -> None:
@@ -234,6 +235,8 @@ class Saver:
 
     def _agreed(self, action: Callable[[], object]) -> list:
         """Does something on each process; returns the results of all, or raises the failures of all on all."""
+        if self._thread is None:
+            activity.current.tick()
         try:
             mine = (action(), None)
         except OSError as disk:

@@ -15,8 +15,9 @@ from pathlib import Path
 from torch.distributed.checkpoint.metadata import Metadata
 from tqdm import tqdm
 
+from engine.backends.guard import Guard
 from engine.backends.tensors import FOLDER as TENSORS
-from engine.backends.tensors import Reader
+from engine.backends.tensors import GUARD, Reader
 from engine.backends.torch_optimizer import MOMENTS
 from engine.checkpoint.lifecycle import NAME, pointer, step_of
 from engine.checkpoint.manifest import (
@@ -187,8 +188,8 @@ def _tensor_problems(folder: Path, manifest: Manifest) -> list[str]:
         problems.append(f"step, the optimizer's counter, is not in {TENSORS}/")
     for key, numel in stored.items():
         kind, _, name = key.partition(".")
-        wanted = 1 if key == "step" else _numel(manifest.shapes.get(name))
-        if wanted is None or kind not in ("model", *MOMENTS, "step"):
+        wanted = {"step": 1, GUARD: Guard.SIZE}.get(key) or _numel(manifest.shapes.get(name))
+        if wanted is None or kind not in ("model", *MOMENTS, "step", GUARD):
             problems.append(f"{key} is in {TENSORS}/, the manifest does not know it")
         elif numel != wanted:
             problems.append(f"{key} has {numel:,} elements instead of {wanted:,}")

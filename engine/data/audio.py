@@ -12,10 +12,11 @@ the name. `count_samples`, which reads the header only, is the exact length of w
 import hashlib
 import io
 import math
+import os
 import re
+import stat
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -23,6 +24,8 @@ import soundfile
 
 SILENCE = 1e-4  # peak of -80 dBFS; a 16-bit recording of nothing but dither stays below it
 END_TOLERANCE = 0.1  # s; how far a segment may reach beyond the end, for durations in data files are rounded
+LONGEST = 3 * 3600  # s; of what is read at once, and of what a header may promise: a session, no training sample
+_MOST_VALUES = 2**28  # samples x channels; 1 GiB as float32
 _LARGEST_RESAMPLER = 2**22  # phases x taps; 44.1 to 24 kHz has 11,760, two coprime rates would take gigabytes
 _CONVERT = "convert it to wav or flac, e.g. ffmpeg -i IN OUT.flac"
 _SHORT_OF_HEADER = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -92,13 +95,22 @@ class Recording:
         if self.data is not None:
             return io.BytesIO(self.data)
         try:
-            return Path(self.path).open("rb")
+            stream = open(self.path, "rb", opener=_without_waiting)
         except FileNotFoundError:
             raise AudioError(f"{self.path}: no such file → correct the path") from None
         except ValueError:
             raise AudioError(f"{self.path!r}: not a file name → correct the path") from None
         except OSError as error:
             raise AudioError(f"{self.path}: cannot be read: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            stream.close()
+            raise AudioError(f"{self.path}: a pipe or a device, not a file → correct the path")
+        return stream
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file for reading; a pipe, too, without waiting for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ def count_samples(recording: Recording, sampling_rate: int) -> int:
     """Length of `read_mono`'s result, from the file's header alone.
 
     Raises:
-        AudioError: the header cannot be read, or the segment is outside the recording.
+        AudioError: the header cannot be read, or promises hours; the segment is outside the recording.
     """
     with recording.open() as stream, _decoder(recording, stream) as sound:
         first, frames = _segment(recording, sound)
@@ -159,8 +171,8 @@ def decode(recording: Recording) -> Decoded:
     """The samples of a recording, or of its segment, as the file has them.
 
     Raises:
-        AudioError: the file is missing, damaged, cut off or no audio; the segment is outside of it; it is
-            empty, silent (peak below -80 dBFS), or not finite; it is known by its codes only.
+        AudioError: the file is missing, damaged, cut off or no audio; the segment is outside of it, or lasts hours;
+            it is empty, silent (peak below -80 dBFS), or not finite; it is known by its codes only.
     """
     with recording.open() as stream, _decoder(recording, stream) as sound:
         first, frames = _segment(recording, sound)
@@ -241,6 +253,16 @@ def _damaged(recording: Recording, error: Exception) -> AudioError:
 
 def _segment(recording: Recording, sound: soundfile.SoundFile) -> tuple[int, int]:
     """First frame and number of frames of the segment, in the file's own sampling rate."""
+    first, frames = _part(recording, sound)
+    if frames > LONGEST * sound.samplerate or frames * sound.channels > _MOST_VALUES:
+        raise AudioError(
+            f"{recording}: its header promises {frames:,} samples of {sound.channels} channel(s) at "
+            f"{sound.samplerate:,} Hz, too many to read at once → cut it; {LONGEST // 3600} hours are the most"
+        )
+    return first, frames
+
+
+def _part(recording: Recording, sound: soundfile.SoundFile) -> tuple[int, int]:
     if recording.offset is None:
         return 0, sound.frames
     rate, length = sound.samplerate, sound.frames / sound.samplerate
@@ -271,6 +293,6 @@ def _all_promised(
     if sound.format == "MP3" and recording.offset is None:
         at, next_frame, size = stream.tell(), stream.read(2), stream.seek(0, io.SEEK_END)
         is_frame = next_frame[:1] == b"\xff" and next_frame[1:] >= b"\xe0"  # and no title, "TAG" or "APETAGEX"
-        if is_frame and (size - at) / at * frames > 2 * tolerance:
+        if is_frame and (size - at) / max(1, at) * frames > 2 * tolerance:
             raise AudioError(f"{recording}: without its length, goes on after {frames:,} samples → {_CONVERT}")
     return np.pad(samples, ((0, missing), (0, 0))) if missing else samples

@@ -79,7 +79,7 @@ class Codec:
                 model, report = HiggsAudioV2TokenizerModel.from_pretrained(
                     folder, dtype=torch.float32, output_loading_info=True
                 )
-            feature_extractor = AutoFeatureExtractor.from_pretrained(folder)
+            feature_extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # whatever kind: safetensors, json and torch each have their own
             raise ModelError(_heading(folder), [f"{type(error).__name__}: {error}"]) from error
         problems = []

@@ -6,7 +6,7 @@ each sample (its length and its targets, 24 bytes); samples are cut from the map
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,12 @@ class Dataset:
         """int64 [n]; row of its data file of each sample."""
         return np.concatenate([store.records["row"] for store in self.stores])[self.chosen]
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """What users find samples by: the row of the data file, after the store where there are several."""
+        rows, stores = self.rows, self.store_of_sample()
+        folders = [f"{store.folder.name} " if len(self.stores) > 1 else "" for store in self.stores]
+        return [f"{folders[stores[i]]}row {rows[i]}" for i in indices]
+
     def store_of_sample(self) -> np.ndarray:
         """int64 [n]."""
         return np.searchsorted(self._ends, self.chosen, side="right")
@@ -105,11 +111,9 @@ class Dataset:
         long = np.flatnonzero(self.lengths > max_tokens) if max_tokens is not None else np.empty(0, np.int64)
         if not len(long):
             return self
-        rows, stores = self.rows, self.store_of_sample()
         lines = [
-            f"{self.stores[stores[i]].folder.name if len(self.stores) > 1 else ''} row {rows[i]}: "
-            f"{self.lengths[i]:,} tokens ({self.audio_frames[i] / FRAMES_PER_SECOND:.1f} s of audio)".strip()
-            for i in long
+            f"{name}: {self.lengths[i]:,} tokens ({self.audio_frames[i] / FRAMES_PER_SECOND:.1f} s of audio)"
+            for i, name in zip(long, self.names(long), strict=True)
         ]
         if not drop_long:
             raise DataError(

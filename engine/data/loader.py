@@ -8,6 +8,7 @@ from torch.utils import data as torch_data
 from engine.data.batches import MicroBatch
 from engine.data.dataset import Dataset
 from engine.data.packing import PackedBatch, empty_sample, pack
+from engine.runtime.signals import ignore_in_worker
 
 
 class _Packer(torch_data.Dataset):
@@ -20,6 +21,10 @@ class _Packer(torch_data.Dataset):
     def __getitem__(self, micro_batch: MicroBatch) -> PackedBatch:
         chosen = [self.data[i] for i in micro_batch] or [self.nothing]
         return pack(chosen, self.audio_token_id, self.piece)
+
+
+def _begin_worker(_: int) -> None:
+    ignore_in_worker()
 
 
 def packed_batches(
@@ -44,6 +49,7 @@ def packed_batches(
             num_workers=workers,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_begin_worker,
             # its own, or making an iterator would draw from the generator of dropout, and a resume would differ
             generator=torch.Generator(),
         )

@@ -23,7 +23,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,23 +31,13 @@ import numpy as np
 from engine.data.labels import Sample, StreamIds, merge
 from engine.data.npy import NpyAppender
 from engine.data.prompts import IGNORED, Prompt, SpecialTokens
+from engine.data.store_files import HAS_MEL, RECORD, TRAINED, columns_of, require_sound, unreadable
+from engine.data.store_part import Part
 from engine.errors import DataError
+from engine.untrusted import read_object
 
 FORMAT_VERSION = 1
 HEADER = "header.json"
-RECORD = np.dtype(
-    [
-        ("text_end", "<i8"),
-        ("use_end", "<i8"),
-        ("length", "<i4"),  # positions
-        ("audio_frames", "<i4"),  # positions that are audio frames
-        ("text_targets", "<i4"),
-        ("audio_targets", "<i4"),  # of each codebook
-        ("row", "<i8"),  # of the data
-        ("speaker", "<i4"),  # number in speakers.json, -1 if the row names none
-    ]
-)
-TRAINED, HAS_MEL = 1, 2
 
 
 def is_store(path: str | Path) -> bool:
@@ -116,13 +105,9 @@ class _PartWriter:
     def __init__(self, folder: Path, codebooks: int, mel_bins: int | None):
         self.folder = folder
         folder.mkdir(parents=True)
-        columns = {
-            "samples": (RECORD, ()), "text_ids": ("<i4", ()), "trained": ("?", ()), "clip_ids": ("<i4", ()),
-            "clip_use": ("u1", ()), "codes": ("<i2", (codebooks,)), "clip_ends": ("<i8", ()),
-            "clip_keys": ("u1", (32,)),
-        }  # fmt: skip
-        if mel_bins is not None:
-            columns |= {"mels": ("<f2", (mel_bins,)), "mel_ends": ("<i8", ())}
+        columns = columns_of(codebooks, mel_bins)
+        if mel_bins is None:
+            del columns["mels"], columns["mel_ends"]
         self._files = {name: NpyAppender(folder / f"{name}.npy", *kind) for name, kind in columns.items()}
         self._clips: dict[tuple[bytes, bool], int] = {}
 
@@ -182,23 +167,24 @@ class Store:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            self.header = json.loads((self.folder / HEADER).read_text(encoding="utf-8"))
-            version = self.header.get("format_version")
-        except (OSError, ValueError, AttributeError) as error:
+            self.header = read_object(self.folder / HEADER)
+        except (OSError, ValueError) as error:
             raise DataError(
                 f"{self.folder}: not a prepared store ({error}) → `higgs-engine prepare` makes one."
             ) from None
-        if version != FORMAT_VERSION:
+        if (version := self.header.get("format_version")) != FORMAT_VERSION:
             raise DataError(
                 f"{self.folder}: the store has format version {version}, this engine reads {FORMAT_VERSION} → "
                 "prepare it again from the data file; codes come from the cache."
             )
         try:
-            self.special = SpecialTokens(**self.header["special"])
-            self.stream = StreamIds(**self.header["stream"])
-            self.parts = [_Part(self.folder / part["folder"], part) for part in self.header["parts"]]
-        except (KeyError, TypeError) as error:
+            require_sound(self.header)
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.folder / HEADER}: damaged ({error}) → prepare the store again.") from None
+        self.special = SpecialTokens(**self.header["special"])
+        self.stream = StreamIds(**self.header["stream"])
+        columns = columns_of(self.stream.codebooks, None)
+        self.parts = [Part(self.folder / part["folder"], part, columns) for part in self.header["parts"]]
 
     def __reduce__(self):
         return Store, (self.folder,)
@@ -229,89 +215,39 @@ class Store:
         """Names of the numbers in the records."""
         file = self.folder / "speakers.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _unreadable(file, error) from None
+            names = json.loads(file.read_text(encoding="utf-8"))  # half of a surrogate pair may be in them
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("it is no list of names")
+            return names
+        except (OSError, ValueError, RecursionError) as error:
+            raise unreadable(file, error) from None
 
     def sample(self, index: int) -> Sample:
-        """The exact sample: streams, delays and labels of engine/data/labels.py."""
+        """The exact sample: streams, delays and labels of engine/data/labels.py.
+
+        Raises:
+            DataError: it is not what was written.
+        """
+        place = index
         for part in self.parts:
-            if index < len(part.samples):
-                return part.sample(index, self.special, self.stream)
-            index -= len(part.samples)
+            if place < len(part.samples):
+                try:
+                    return part.sample(place, self.special, self.stream)
+                except (ValueError, IndexError) as error:
+                    raise DataError(
+                        f"{self.folder}: sample {index} is damaged ({error}) → prepare the store again."
+                    ) from None
+            place -= len(part.samples)
         raise IndexError(index)
 
     def first_clips(self) -> tuple[list[bytes | None], list[bytes | None]]:
         """Content key of each sample's first context clip, and of its first trained clip; None where it has none."""
-        pairs = [part.first_clips(trained) for trained in (False, True) for part in self.parts]
+        try:
+            pairs = [part.first_clips(trained) for trained in (False, True) for part in self.parts]
+        except IndexError as error:
+            raise DataError(f"{self.folder}: damaged ({error}) → prepare the store again.") from None
         contexts, trained = pairs[: len(self.parts)], pairs[len(self.parts) :]
         return [key for keys in contexts for key in keys], [key for keys in trained for key in keys]
-
-
-class _Part:
-    def __init__(self, folder: Path, about: Mapping):
-        self.samples = _open(folder / "samples.npy", about["samples"])
-        self.text_ids, self.trained = _open(folder / "text_ids.npy"), _open(folder / "trained.npy")
-        self.clip_ids, self.clip_use = _open(folder / "clip_ids.npy"), _open(folder / "clip_use.npy")
-        self.codes = _open(folder / "codes.npy", about["frames"])
-        self.clip_ends, self.clip_keys = (
-            _open(folder / "clip_ends.npy", about["clips"]),
-            _open(folder / "clip_keys.npy"),
-        )
-        self.mels = self.mel_ends = None
-        if about["mel_frames"]:
-            self.mels = _open(folder / "mels.npy", about["mel_frames"])
-            self.mel_ends = _open(folder / "mel_ends.npy", about["clips"])
-
-    def _uses(self, index: int) -> slice:
-        return slice(self.samples["use_end"][index - 1] if index else 0, self.samples["use_end"][index])
-
-    def sample(self, index: int, special: SpecialTokens, stream: StreamIds) -> Sample:
-        record = self.samples[index]
-        text = slice(self.samples["text_end"][index - 1] if index else 0, record["text_end"])
-        uses = self._uses(index)
-        ids, trained = np.array(self.text_ids[text]), self.trained[text]
-        use = self.clip_use[uses].tolist()
-        clips = self.clip_ids[uses].tolist()
-        prompt = Prompt(ids, np.where(trained, ids, IGNORED).astype(np.int32), (), tuple(u & TRAINED != 0 for u in use))
-        mels = [self._mel(clip) if u & HAS_MEL else None for clip, u in zip(clips, use, strict=True)]
-        return merge(prompt, [self._clip(clip) for clip in clips], special, stream, int(record["row"]), mels)
-
-    def _clip(self, clip: int) -> np.ndarray:
-        return self.codes[self.clip_ends[clip - 1] if clip else 0 : self.clip_ends[clip]].T
-
-    def _mel(self, clip: int) -> np.ndarray:
-        return np.array(self.mels[self.mel_ends[clip - 1] if clip else 0 : self.mel_ends[clip]])
-
-    def first_clips(self, trained: bool) -> list[bytes | None]:
-        chosen = np.flatnonzero((np.asarray(self.clip_use) & TRAINED != 0) == trained)
-        ends = self.samples["use_end"]
-        first = np.searchsorted(chosen, np.concatenate([[0], ends[:-1]]))
-        keys = self.clip_keys
-        return [
-            keys[self.clip_ids[chosen[at]]].tobytes() if at < len(chosen) and chosen[at] < end else None
-            for at, end in zip(first.tolist(), ends.tolist(), strict=True)
-        ]
-
-
-def _open(file: Path, length: int | None = None) -> np.ndarray:
-    """A memory-mapped array.
-
-    Raises:
-        DataError: it is missing, damaged, or shorter than the header says.
-    """
-    try:
-        # As a plain array, still mapped: np.memmap runs Python code for every slice.
-        array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(file, error) from None
-    if length is not None and len(array) != length:
-        raise DataError(f"{file}: has {len(array)} rows, the header says {length} → prepare the store again.")
-    return array
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be read ({error}) → prepare the store again, or copy all of it.")
 
 
 def publish_store(draft: Path, out: Path) -> None:

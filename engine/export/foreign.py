@@ -90,7 +90,7 @@ def _tagged(checkpoint: Path) -> Path:
     for name in ("latest_universal", "latest"):
         if (checkpoint / name).is_file():
             tag = (checkpoint / name).read_text().strip()
-            if (checkpoint / tag).is_dir() and tag == Path(tag).name:
+            if (checkpoint / tag).is_dir() and tag == Path(tag).name != "..":
                 return checkpoint / tag
     if (checkpoint / "zero").is_dir() or list(checkpoint.glob("*_optim_states.pt")):
         return checkpoint

@@ -30,6 +30,7 @@ from engine.backends.torch_optimizer import MOMENTS
 from engine.checkpoint.manifest import Manifest, read_manifest, write_atomically
 from engine.errors import CheckpointError
 from engine.export.model_folder import drafted, require_free
+from engine.untrusted import name_within
 
 LAYOUT_OF = "0.19.8"
 """DeepSpeed release after which this is written; it asks for the version that wrote a checkpoint."""
@@ -49,7 +50,7 @@ def to_universal(checkpoint: Path, out: Path) -> str:
     """
     require_free(out)
     manifest = read_manifest(checkpoint)
-    if strange := [name for name in manifest.shapes if name != Path(name).name]:
+    if strange := [name for name in manifest.shapes if not _names_folder(name)]:
         raise CheckpointError(f"{checkpoint}: parameters whose names are no names of folders:", strange)
     reader = Reader(checkpoint)
     tag = f"global_step{manifest.step}"
@@ -65,6 +66,13 @@ def to_universal(checkpoint: Path, out: Path) -> str:
             torch.save(_model_states(manifest), draft / tag / file)
         write_atomically(draft / "latest_universal", tag)
     return tag
+
+
+def _names_folder(name: str) -> bool:
+    try:
+        return bool(name_within(name))
+    except ValueError:
+        return False
 
 
 def _require_room(out: Path, reader: Reader) -> None:

@@ -113,6 +113,11 @@ def _read_config(folder: Path) -> LoraConfig:
             f"{folder}: the adapter began as {start}, which changed its base → save it with PEFT's "
             "path_initial_model_for_weight_conversion, which makes an ordinary adapter of it."
         )
+    if config.megatron_config is not None:
+        raise NotUsable(
+            f"{folder}: an adapter of Megatron's layers, for which PEFT would import whatever module its megatron_core "
+            f"names ({config.megatron_core}) → convert it to an ordinary adapter where it was trained."
+        )
     config.init_lora_weights = True  # its values come from the files
     return config
 

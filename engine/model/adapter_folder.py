@@ -3,10 +3,11 @@
 An adapter to go on from must be the one described, for a setting that it silently overrode would do nothing.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from engine.untrusted import read_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -45,7 +46,7 @@ def differences(folder: Path, settings: object) -> Iterator[str]:
         settings: anything with the attributes that SETTINGS names.
     """
     try:
-        found = json.loads((folder / CONFIG).read_text())
+        found = read_object(folder / CONFIG)
     except (OSError, ValueError) as error:
         yield f"lora_adapter_path: {folder / CONFIG} cannot be read ({error}) → copy the adapter again"
         return
@@ -57,9 +58,19 @@ def differences(folder: Path, settings: object) -> Iterator[str]:
             if value not in (None, False, "none", [], {}):
                 yield f"lora_adapter_path: its {name} is {value!r}, and there is no setting for that → merge it first"
             continue
+        if not _is_readable(name, value):
+            yield f"lora_adapter_path: its {name} is {value!r} → copy the adapter again"
+            continue
         was, now = _comparable(name, value), _comparable(name, getattr(settings, setting))
         if was != now:
             yield f"{setting}: is {_shown(now)}, that of lora_adapter_path {_shown(was)} → --{setting} {_shown(was)}"
+
+
+def _is_readable(name: str, value: object) -> bool:
+    """Whether PEFT writes such values: names in a list, or numbers and truth."""
+    if name in ("target_modules", "modules_to_save"):
+        return value is None or isinstance(value, list) and all(isinstance(word, str) for word in value)
+    return isinstance(value, int | float)
 
 
 def _comparable(name: str, value: object) -> object:

@@ -19,14 +19,14 @@ CHUNK_ROWS = 1024
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, group_weights, train):
+    def forward(ctx, hidden, weight, targets, group_weights, train, marked):
         rows, groups = targets.shape
         width = weight.shape[0] // groups
         need_hidden, need_weight = (train and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         wait = need_weight and rows <= min(CHUNK_ROWS, weight.shape[1])
         grad_weight = None
-        sums = torch.zeros(groups, dtype=torch.float32, device=hidden.device)
+        sums = torch.zeros(groups if marked is None else groups + 2, dtype=torch.float32, device=hidden.device)
         gradient = sums.new_empty(0, groups * width)
         for start in range(0, rows, CHUNK_ROWS):
             part, target = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
@@ -35,7 +35,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = target.clamp(min=0).unsqueeze(-1)
             normaliser = logits.logsumexp(-1)
             losses = normaliser - logits.gather(-1, index).squeeze(-1)
-            sums += (losses * labelled).sum(0)
+            sums[:groups] += (losses * labelled).sum(0)
+            if marked is not None:
+                there = target == marked
+                sums[groups:] += torch.stack([(losses * there).sum(), there.sum()])
             if not (need_hidden or need_weight):
                 continue
             # gradient of the weighted sum: (softmax - one_hot) * weight of the group, written over the logits
@@ -52,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.waiting = (gradient, hidden) if wait else None
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(sums)
-        return (sums * group_weights).sum(), sums
+        return (sums[:groups] * group_weights).sum(), sums
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -65,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif waiting is not None:
             gradient, hidden = waiting
             grad_weight = gradient.mul_(grad_loss).to(hidden.dtype).t() @ hidden
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -76,7 +79,11 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Te
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, group_weights: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    group_weights: torch.Tensor,
+    marked: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted sum of cross-entropies over groups of a linear head's outputs.
 
@@ -85,21 +92,28 @@ def linear_cross_entropy(
         weight: [groups * width, H].
         targets: int64 [rows, groups], negative where there is none.
         group_weights: fp32 [groups]; what each target of a group counts.
+        marked: a target that is looked at on its own, in all groups.
 
     Returns:
-        The weighted sum (differentiable, fp32 scalar) and the unweighted sum of each group (fp32 [groups]).
+        The weighted sum (differentiable, fp32 scalar) and the unweighted sum of each group (fp32 [groups]); behind
+        these, if a target is marked, the sum over such targets, and their number.
     """
     # a Function is told which inputs require gradients, also where nobody will ask for any
-    return _LinearCrossEntropy.apply(hidden, weight, targets, group_weights, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, targets, group_weights, torch.is_grad_enabled(), marked)
 
 
 class LossHead(nn.Linear):
     """A head whose call gives the loss, so that FSDP's and ZeRO's hooks see a use of its weight like any other.
 
     An existing `nn.Linear` becomes one by `head.__class__ = LossHead`; called without targets it stays linear.
+
+    Attributes:
+        marked: as in `linear_cross_entropy`; set it on a head whose sums should have two entries more.
     """
+
+    marked: int | None = None
 
     def forward(self, hidden, targets=None, group_weights=None):
         if targets is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, targets, group_weights)
+        return linear_cross_entropy(hidden, self.weight, targets, group_weights, self.marked)

@@ -1,6 +1,5 @@
 """Tensors in safetensors files under names of our own, read by rows, one file or shards, parts put together."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import safe_open
 
 from engine.errors import ModelError
 from engine.model.keys import is_second_part
+from engine.untrusted import path_within, read_object
 
 
 class TensorFiles:
@@ -51,7 +51,7 @@ class TensorFiles:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         shapes = [tuple(part.get_shape()) for part in self._slices(name)]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (dim 0) of a tensor, in the stored dtype."""
@@ -75,11 +75,15 @@ def weight_files(folder: Path, remedy: str) -> list[Path]:
         remedy: what to do if they are not there.
 
     Raises:
-        ModelError: there are none, or shards are missing (all named).
+        ModelError: there are none, shards are missing (all named), or their names lead out of the folder.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+        names = read_json(index, remedy).get("weight_map")
+        try:
+            files = sorted({folder / path_within(name) for name in dict(names).values()})
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{index}: damaged, its weight_map names no files here ({error}) → {remedy}.") from None
         missing = [f"{f.name} is missing" for f in files if not f.is_file()]
         if missing:
             raise ModelError(f"{folder}: shards named in {index.name} are not there → {remedy}:", missing)
@@ -94,11 +98,11 @@ def read_json(file: Path, remedy: str) -> dict:
     """A JSON file of a model folder.
 
     Raises:
-        ModelError: it is not there (with the remedy), or not JSON.
+        ModelError: it is not there (with the remedy), or no JSON object.
     """
     if not file.is_file():
         raise ModelError(f"{file.parent}: no {file.name} there → {remedy}.")
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        return read_object(file)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file}: not valid JSON ({error}) → download it again.") from None

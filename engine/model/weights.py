@@ -42,7 +42,7 @@ class WeightFiles:
         self.format = "native" if raw["model_type"] == "higgs_audio_v2" else "original"
         self.tower_config, self.uses_tower = None, False
         if self.format == "original" and not raw.get("skip_audio_tower"):
-            self.tower_config = dict(raw.get("audio_encoder_config") or {})
+            self.tower_config = _tower_config(self.folder, raw)
             self.uses_tower = bool(raw.get("encode_whisper_embed", True))
         original = self.format == "original"
         self._files = weight_files(self.folder, DOWNLOAD_HINT)
@@ -93,19 +93,41 @@ def load_config(folder: str | Path) -> HiggsAudioV2Config:
     folder = Path(folder)
     raw = _raw_config(folder)
     if raw.get("model_type") == "higgs_audio":
-        return convert_config(raw, folder)
+        try:
+            return convert_config(raw, folder)
+        except ModelError:
+            raise
+        except Exception as error:  # what is missing, or of another kind
+            raise _unusable(folder, error) from None
     if raw.get("model_type") != "higgs_audio_v2":
         raise ModelError(
             f"{folder}: model_type is {raw.get('model_type')!r} → a Higgs Audio v2 model has higgs_audio_v2 or "
             "higgs_audio."
         )
-    config = HiggsAudioV2Config.from_dict(raw)
-    _check_native(folder, config)
+    try:
+        config = HiggsAudioV2Config.from_dict(raw)
+        _check_native(folder, config)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise _unusable(folder, error) from None
     return config
 
 
 def _raw_config(folder: Path) -> dict:
     return read_json(folder / "config.json", f"model_path must be a model folder; {DOWNLOAD_HINT}")
+
+
+def _unusable(folder: Path, error: Exception) -> ModelError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ModelError(f"{folder / 'config.json'}: describes no Higgs Audio v2 model ({reason}) → download it again.")
+
+
+def _tower_config(folder: Path, raw: dict) -> dict:
+    found = raw.get("audio_encoder_config") or {}
+    if not isinstance(found, dict):
+        raise _unusable(folder, TypeError("audio_encoder_config is no object"))
+    return found
 
 
 def _why_missing(name: str) -> str:

@@ -1,7 +1,7 @@
 """What is measured while training, and `metrics.jsonl`: one line a logged step, always.
 
 Sums of cross-entropies stay on the device; numbers are read (which waits for the GPU) only at a logged step.
-Losses are means over all targets since the last logged step, over all processes.
+Losses are means over all targets since the last logged step, over all processes, but for those of skipped steps.
 """
 
 import json
@@ -37,6 +37,11 @@ def losses(sums: list[float], text_targets: int, audio_targets: Iterable[int], s
     return {"loss": total, "text_loss": text, "audio_loss": audio, "codebook_losses": books}
 
 
+def eos_loss(total: float, targets: float) -> dict:
+    """Mean loss over the audio targets that end a clip, from their sum and number; None without any."""
+    return {"eos_loss": total / targets if targets else None, "eos_targets": round(targets)}
+
+
 class Meter:
     """Adds up steps until the next logged one.
 
@@ -50,30 +55,35 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums = torch.zeros(1 + self.codebooks, device=self.world.device)
-        self.text_targets, self.audio_targets = 0, [0] * self.codebooks
+        self.sums = torch.zeros(3 + self.codebooks, device=self.world.device)
+        self.targets: list[Targets] = []
+        self.verdicts: list[torch.Tensor] = []
         self.tokens = self.steps = 0
         self.audio_seconds = 0.0
         self.started = time.perf_counter()
 
     def add(self, result: StepResult, targets: Targets, tokens: int, audio_seconds: float) -> None:
-        self.sums += result.sums
-        self.text_targets += targets.text
-        self.audio_targets = [a + b for a, b in zip(self.audio_targets, targets.codebooks, strict=True)]
+        # what is skipped is left out without a look at it: its sums may be no numbers
+        self.sums += torch.where(result.skipped > 0, 0.0, torch.cat([result.sums, result.eos]))
+        self.targets.append(targets)
+        self.verdicts.append(torch.stack([result.skipped, result.grad_norm]))
         self.tokens += tokens
         self.tokens_seen += tokens
         self.audio_seconds += audio_seconds
         self.steps += 1
-        self.grad_norm = result.grad_norm
 
     def read(self) -> dict:
-        """Metrics since the last reading; every process must ask at the same step."""
+        """Metrics since the last reading, `grad_norm` of the last step that counted; every process must ask."""
         if self.world.size > 1:
             dist.all_reduce(self.sums)
-        values = losses(self.sums.tolist(), self.text_targets, self.audio_targets, self.settings)
+        verdicts = torch.stack(self.verdicts).tolist()
+        counted = [targets for targets, (skipped, _) in zip(self.targets, verdicts, strict=True) if not skipped]
+        norms = [norm for skipped, norm in verdicts if not skipped]
+        values = self._losses(self.sums.tolist(), counted)
         seconds = time.perf_counter() - self.started
         values |= {
-            "grad_norm": self.grad_norm.item(),
+            "grad_norm": norms[-1] if norms else None,
+            "skipped_since": self.steps - len(counted),
             "tokens_per_second": self.tokens / seconds,
             "audio_seconds_per_second": self.audio_seconds / seconds,
             "seconds_per_step": seconds / self.steps,
@@ -81,6 +91,16 @@ class Meter:
         }
         self._reset()
         return values
+
+    def _losses(self, sums: list[float], counted: list[Targets]) -> dict:
+        """Of the steps that counted; None if none did. And how many targets are behind them."""
+        *sums, eos, eos_targets = sums
+        text = sum(targets.text for targets in counted)
+        books = [sum(targets.codebooks[book] for targets in counted) for book in range(self.codebooks)]
+        values = losses(sums, text, books, self.settings)
+        if not counted:
+            values["loss"] = None
+        return values | eos_loss(eos, eos_targets) | {"text_targets": text, "audio_targets": max(books)}
 
 
 class MetricsFile:

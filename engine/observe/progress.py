@@ -16,11 +16,13 @@ def format_step(values: dict, total_steps: int) -> str:
         f"loss {_number(values['loss'], 4)}",
         f"text {_number(values['text_loss'], 3)} audio {_number(values['audio_loss'], 3)} [{books}]",
         f"lr {values['learning_rate']:.2e}",
-        f"gnorm {values['grad_norm']:.3f}",
+        f"gnorm {_number(values['grad_norm'], 3)}",
         f"{values['tokens_per_second']:,.0f} tok/s",
         f"{values['audio_seconds_per_second']:,.0f} audio-s/s",
         f"eta {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s",
     ]
+    if values["skipped_since"]:
+        parts.append(f"{values['skipped_since']} skipped ({values['skipped_steps']} in all)")
     return " | ".join(parts)
 
 

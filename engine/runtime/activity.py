@@ -22,17 +22,25 @@ class Activity:
     Attributes:
         step: optimizer step under way, counted from 1 as in the log; None outside of the steps.
         phase: in words.
+        patient: the phase may take as long as it likes.
         since: time.time() of the last progress.
         seconds: spent so far in each phase that was left.
+        code: the exit code, once the process is about to end.
     """
 
     def __init__(self) -> None:
         self.rank, self.host, self.pid = 0, socket.gethostname(), os.getpid()
         self.step: int | None = None
-        self.phase, self.since, self.code = "start", time.time(), None
+        self.phase, self.patient, self.code = "start", True, None
+        self.since, self._progress = time.time(), time.monotonic()
         self.seconds: dict[str, float] = {}
         self._entered = time.monotonic()
         self._memory: mmap.mmap | None = None
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds without progress, by a clock that nobody sets."""
+        return time.monotonic() - self._progress
 
     def keep(self, rank: int) -> None:
         """From now on this process is `rank`, and its record a file where the launcher asked for one."""
@@ -45,21 +53,25 @@ class Activity:
         self._write()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """A phase begins; without a step it is part of the one under way."""
-        now = time.monotonic()
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
-        self.phase, self._entered = phase, now
+        """A phase of a step begins; without a number it is the step under way."""
+        self._change(phase, patient=False)
         self.step = self.step if step is None else step
         self.tick()
 
     def outside(self, phase: str) -> None:
-        """A phase that belongs to no step begins."""
+        """A phase that belongs to no step begins: it takes as long as it likes."""
+        self._change(phase, patient=True)
         self.step = None
-        self.enter(phase)
+        self.tick()
+
+    def _change(self, phase: str, patient: bool) -> None:
+        now = time.monotonic()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
+        self.phase, self.patient, self._entered = phase, patient, now
 
     def tick(self) -> None:
         """The phase under way has got further."""
-        self.since = time.time()
+        self.since, self._progress = time.time(), time.monotonic()
         self._write()
 
     def ends(self, code: int) -> None:
@@ -90,8 +102,9 @@ def read_records(folder: Path) -> list[dict]:
     return sorted(found, key=lambda record: record["rank"])
 
 
-def describe(record: dict, now: float) -> str:
-    """`rank 3 (node-b, pid 4711): step 12, backward, for 31 s`."""
+def describe(record: dict, idle_s: float | None = None) -> str:
+    """`rank 3 (node-b, pid 4711): step 12, backward, for 31 s`; by default up to now, by this machine's clock."""
     step = "" if record["step"] is None else f"step {record['step']}, "
     who = f"rank {record['rank']} ({record['host']}, pid {record['pid']})"
-    return f"{who}: {step}{record['phase']}, for {max(now - record['since'], 0):.0f} s"
+    idle_s = max(time.time() - record["since"], 0.0) if idle_s is None else idle_s
+    return f"{who}: {step}{record['phase']}, for {idle_s:.0f} s"

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ConfigError, EngineError
+from engine.runtime import activity
 
 GRACE_S = 5.0  # after the first failure, the other ranks have this long to add theirs to the same message
 MEETING_PLACE_TIMEOUT = timedelta(minutes=15)  # machines of a cluster seldom start together
@@ -135,7 +136,13 @@ def init_process_group(timeout_s: float = 1800) -> World:
             backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
         )
         _store = dist.PrefixStore("engine", store)
+    activity.current.keep(rank)
     return World(rank, local_rank, size, device, local_size)
+
+
+def shared_store() -> dist.Store:
+    """Another connection to the store of all ranks, for a thread: one that waits keeps a connection to itself."""
+    return _store.clone()
 
 
 def wait_for_all(name: str) -> None:
@@ -158,7 +165,13 @@ def raise_together(world: World, error: BaseException | None) -> None:
     """
     if error is not None and (world.size == 1 or hasattr(error, "spokesman")):  # alone, or agreed upon before
         raise error
-    failures = _meet("the other ranks", error)
+    try:
+        failures = _meet("the other ranks", error)
+    except EngineError:
+        if error is None:
+            raise
+        error.spokesman = world.rank  # nobody is left to speak for it
+        raise error from None
     if not failures:
         return
     merged = _merge(failures)
@@ -245,6 +258,7 @@ def exit_cleanly(code: int) -> NoReturn:
     and the launcher reports a failure. Nothing registered with atexit runs: close trackers and files before.
     """
     logging.shutdown()
+    activity.current.ends(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

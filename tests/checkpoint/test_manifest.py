@@ -99,7 +99,7 @@ def test_other_formats_are_named_before_anything_else(folder):
 def test_paths_that_lead_out_of_the_checkpoint_are_refused(folder):
     for name in ("../secret", "/etc/passwd", "tensors/../../secret"):
         text = resealed(folder, files={name: {"bytes": 1, "sha256": ""}})
-        with pytest.raises(CheckpointError, match="not a path within the checkpoint"):
+        with pytest.raises(CheckpointError, match="not a path within its folder"):
             parse_manifest(text, folder / MANIFEST)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
 from engine.config import Settings
+from engine.data.batches import Step
 from engine.data.labels import Sample
 from engine.data.packing import pack
 from engine.higgs_engine import HiggsEngine, Targets
@@ -18,6 +19,8 @@ from engine.model import fused
 from engine.model.attention import IMPLEMENTATIONS, SampleBounds
 from engine.model.packed import install
 from engine.model.weights import WeightFiles
+from engine.observe.metrics import Meter
+from engine.observe.skipped import SkippedSteps
 from engine.runtime.distributed import World, init_process_group, shutdown
 from tests.tiny import AUDIO, CODEBOOKS, random_sample
 
@@ -143,23 +146,29 @@ def test_kernel_equals_fp32_attention(kernel):
 def train(folder, world: World, steps: int, bf16: bool, sync_debug_mode=lambda mode: None) -> tuple[float, float]:
     """Text loss of the first and of the last of a few steps, the last ones under "error" of the debug mode."""
     small_model("cpu", torch.float32).save_pretrained(folder)
-    settings = Settings(model_path=folder, backend="fsdp", bf16=bf16, text_loss_weight=1.0)
+    settings = Settings(model_path=folder, backend="fsdp", bf16=bf16, text_loss_weight=1.0, skip_spikes_sigma=6.0)
     mixes = [samples_of(mix) for mix in MIXES]
     targets = targets_of([s for samples in mixes for s in samples])
     engine = HiggsEngine(settings, world, WeightFiles(folder), rounds=len(mixes))
     batches = [pack(samples, AUDIO).to(world.device) for samples in mixes]
     results = [engine.train_step(batches, targets, 1e-3)]  # the first use of kernels and of FSDP may wait
+    meter, skipped = Meter(settings, world, CODEBOOKS), SkippedSteps(10, None)
     sync_debug_mode("error")
     try:
-        results += [engine.train_step(batches, targets, 1e-3) for _ in range(steps)]
+        for number in range(steps):
+            results.append(engine.train_step(batches, targets, 1e-3))
+            meter.add(results[-1], targets, tokens=1, audio_seconds=1.0)
+            skipped.add(Step(number, 0, ()), 1e-3, results[-1])
     finally:
         sync_debug_mode("default")
+    assert skipped.read() == [] and meter.read()["skipped_since"] == 0
     return tuple(float(r.sums[0]) / targets.text for r in (results[0], results[-1]))
 
 
 def test_the_host_never_waits_for_the_gpu(tmp_path):
     """Three optimizer steps of three micro-batches, one without text and one without audio, through FSDP in bf16.
 
+    They are judged by the guard, and their losses added up.
     transformers' forward stops some 18 times a layer to ask for the number of audio positions.
     """
     world = init_process_group()

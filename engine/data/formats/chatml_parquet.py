@@ -17,6 +17,7 @@ from engine.data.formats import chatml
 from engine.data.formats.format import Format
 from engine.data.formats.recording_files import path_from
 from engine.errors import DataError
+from engine.untrusted import parse_json
 
 COLUMNS = ("messages", "start_index", "speaker", "misc")
 READ_ROWS = 16  # held as Python objects at a time; each may have minutes of embedded audio
@@ -30,7 +31,7 @@ def read(path: Path) -> Iterator[Row]:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such data file → check train_data_file / eval_data_file.") from None
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a Parquet file, or damaged: {error}.") from None
+        raise DataError(f"{path}: not a Parquet file, or damaged: {_line(error)}.") from None
     with file:
         columns = [name for name in file.schema_arrow.names if name in COLUMNS]
         if "messages" not in columns:
@@ -42,8 +43,12 @@ def read(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     yield _row(number, row, path.parent)
                     number += 1
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path}: damaged after row {number}: {error}.") from None
+        except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # values that Python has not
+            raise DataError(f"{path}: damaged after row {number}: {_line(error)}.") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _row(number: int, row: dict, folder: Path) -> Row:
@@ -51,14 +56,14 @@ def _row(number: int, row: dict, folder: Path) -> Row:
     for name in ("messages", "misc"):
         if isinstance(row.get(name), str):
             try:
-                row[name] = json.loads(row[name])
+                row[name] = parse_json(row[name])
             except ValueError as error:
                 problems.append(f"{name} is not valid JSON: {error} → must be JSON text or structs")
         elif isinstance(row.get(name), dict):
             row[name] = _given(row[name])
     try:
         json.dumps(row.get("misc"), ensure_ascii=False).encode()
-    except (TypeError, UnicodeEncodeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         problems.append(f"misc holds what JSON cannot: {error}")
     if problems:
         return Row(number, None, tuple(problems))

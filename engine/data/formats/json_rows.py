@@ -3,7 +3,8 @@
 A `.jsonl` (or `.ndjson`) file is read line by line. In any other file stand a list of rows, an object with such a
 list under "samples", "data" or "items", or one row or more, each from a line of its own. The text is decoded a chunk
 at a time by Python's own decoder, so that what is accepted, and what is said of what is not, is what `json.loads` of
-the whole file would accept and say, with line and column of the file.
+the whole file would accept and say, with line and column of the file. Refused beyond that are a key that is twice in
+an object, half of a surrogate pair, and rows of more than `MOST_CHARACTERS`.
 """
 
 import json
@@ -24,7 +25,21 @@ BLANK = " \t\n\r"
 _BLANK = re.compile(f"[{BLANK}]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _UNSURE = 16  # characters at the end of what was read that may be a literal, number or escape cut in two
-_decode = json.JSONDecoder().raw_decode
+MOST_CHARACTERS = 1 << 28
+"""Of a row, so that a file of one endless line does not fill the memory: hours of sound in base64."""
+TOO_LONG = f"more than {MOST_CHARACTERS:,} characters in a row → give long recordings as files"
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are each there once; of two values Python would keep one without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)[:100]!r} is there twice")
+    return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_without_repetition).raw_decode
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -84,7 +99,7 @@ class _Scanner:
 
     def __init__(self, path: Path, chunks: Iterator[str], lines: int = 0):
         self.path, self.chunks = path, chunks
-        self.buffer, self.at = "", 0
+        self.buffer, self.at, self.length = "", 0, 0  # length: characters of the last value
         self.lines, self.columns = lines, 0  # that come before the buffer, columns on its first line
 
     def rows(self) -> Iterator[Any]:
@@ -116,7 +131,7 @@ class _Scanner:
 
     def object_rows(self) -> Iterator[Any]:
         """The object that begins here as one row, or if it wraps a list of rows, those."""
-        whole, wrapper = {}, None
+        whole, wrapper, size = {}, None, 0
         self.take("{")
         while self.peek() != "}":
             if whole or wrapper:
@@ -129,7 +144,12 @@ class _Scanner:
                 wrapper = key
                 yield from self.items()
                 continue
+            if key in whole:
+                self.fail(f"the key {key[:100]!r} is there twice")
             whole[key] = self.value()
+            size += self.length
+            if size > MOST_CHARACTERS:
+                self.fail(TOO_LONG)
             if wrapper and (key == "messages" or key in WRAPPERS and isinstance(whole[key], list)):
                 raise DataError(
                     f"{self.path}: an object with {wrapper!r} and {key!r}, which both may be the samples → keep one."
@@ -170,12 +190,14 @@ class _Scanner:
             if len(self.buffer) - end < _UNSURE and self.fill():
                 continue
             self._require_whole_characters(value, end)
-            self.at = end
+            self.at, self.length = end, end - self.at
             return value
 
     def fill(self) -> bool:
         """Reads on, as much again as is waiting, so that the time to read a long value is in proportion to it."""
         before, rest = self.buffer[: self.at], self.buffer[self.at :]
+        if len(rest) > MOST_CHARACTERS:
+            self.fail(TOO_LONG)
         parts, size = [rest], 0
         while size <= len(rest) and (chunk := next(self.chunks, "")):
             parts.append(chunk)
@@ -206,5 +228,7 @@ class _Scanner:
         if _SURROGATE.search(self.buffer, self.at, end):
             try:
                 json.dumps(value, ensure_ascii=False).encode()
+            except RecursionError:
+                self.fail("nested too deeply")
             except UnicodeEncodeError:
                 self.fail("half of a surrogate pair (\\ud800 to \\udfff) is no character")

@@ -20,6 +20,8 @@ from engine.errors import DataError
 
 CODEBOOK_SIZE = 1024
 """Codes of a codebook; in the stream of the model 1024 begins and 1025 ends a clip."""
+MOST_EMBEDDED = 96 << 20
+"""Bytes of a recording within a row, which is in memory several times over: half an hour as wav, hours as flac."""
 
 
 class RowCheck:
@@ -94,6 +96,12 @@ class RowCheck:
 
     def embedded(self, data: str | bytes, where: str, **segment: float | None) -> Recording | None:
         """The recording whose file is given whole, as bytes or in base64."""
+        size = len(data) if isinstance(data, bytes) else len(data) // 4 * 3
+        if size > MOST_EMBEDDED:
+            self.problem(
+                f"{where} has {size:,} bytes, {MOST_EMBEDDED:,} are allowed within a row → give the recording as a file"
+            )
+            return None
         try:
             data = data if isinstance(data, bytes) else base64.b64decode(data, validate=True)
         except ValueError as error:

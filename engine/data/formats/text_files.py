@@ -12,6 +12,8 @@ from pathlib import Path
 from engine.errors import DataError
 
 CHUNK_BYTES = 1 << 16
+MOST_LINE, MOST_TEXT = 1 << 28, 1 << 20
+"""Bytes of a line, which may hold hours of sound in base64, and of a file that holds a transcript."""
 
 
 def chunks(path: Path, size: int = CHUNK_BYTES) -> Iterator[str]:
@@ -31,17 +33,29 @@ def chunks(path: Path, size: int = CHUNK_BYTES) -> Iterator[str]:
 
 def lines(path: Path) -> Iterator[str]:
     """The lines of a file, each with the line break that ends it."""
-    read, encoding = 0, "utf-8-sig"
+    read, encoding, number = 0, "utf-8-sig", 0
     with _named(path), path.open("rb") as stream:
-        for line in stream:
-            read += len(line)
+        while line := stream.readline(MOST_LINE + 1):
+            read, number = read + len(line), number + 1
+            if len(line) > MOST_LINE:
+                raise DataError(
+                    f"{path}: line {number} has more than {MOST_LINE >> 20} MiB → give long recordings as files."
+                )
             with _decoding(path, read):
                 yield line.decode(encoding)
             encoding = "utf-8"
 
 
 def text_of(path: Path) -> str:
-    """All the text of a small file, its line breaks as they are."""
+    """All the text of a small file, its line breaks as they are.
+
+    Raises:
+        DataError: it cannot be read, or is not small.
+    """
+    with _named(path):
+        size = path.stat().st_size
+    if size > MOST_TEXT:
+        raise DataError(f"{path}: larger than {MOST_TEXT >> 20} MiB, which no transcript is → name the right file.")
     return "".join(chunks(path))
 
 
