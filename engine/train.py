@@ -25,7 +25,8 @@ from engine.data.loader import packed_batches
 from engine.data.mels import MelExtractor
 from engine.data.packing import PackedBatch
 from engine.data.split import split
-from engine.errors import CheckpointError, ConfigError, DataError, EngineError, ModelError
+from engine.doctor.preflight import preflight, require
+from engine.errors import CheckpointError, ConfigError, EngineError, Interrupted, ModelError
 from engine.exit_codes import DONE, STOPPED
 from engine.export.adapters import write_adapter
 from engine.export.consolidate import consolidate
@@ -73,6 +74,11 @@ def train(settings: Settings) -> int:
 
 def _train(settings: Settings, world: World, stop: StopRequests) -> int:
     output_dir, say = Path(settings.output_dir), Progress(world).say
+    findings = preflight(settings, world)
+    for finding in findings:
+        if finding.level == "warning":
+            say(f"note: {finding}")
+    require(findings)
     if os.environ.get(RESTART) and lifecycle.checkpoints(output_dir):
         settings = replace(settings, resume="auto")
     checkpoint = lifecycle.find(settings.resume, output_dir, world, say)
@@ -268,7 +274,7 @@ class Run:
             except Exception as error:
                 if isinstance(error, (OSError, EngineError)) or LOADER_WORKER in str(error):
                     raise
-                raise DataError(
+                raise Interrupted(
                     f"step {step.number + 1}, micro-batch {number} of rank {self.world.rank} cannot be made of "
                     f"{', '.join(self.data.names(samples))}; `higgs-engine validate` looks at every sample:",
                     str(error).strip().splitlines()[-1:],

@@ -11,7 +11,7 @@ from tests.processes import ROOT
 README = (ROOT / "README.md").read_text()
 OTHER_FLAGS = {"help", "setting", "config", "recordings", "out", "local-dir", "nproc_per_node", "nnodes"}
 OTHER_FLAGS |= {"report", "show", "to", "no-freeze_audio_tower", "tensors", "path", "format", "compare_models"}
-OTHER_FLAGS |= {"gpus", "gpu_memory"}
+OTHER_FLAGS |= {"gpus", "gpu_memory", "nodes", "dry_run"}
 MERGE_FLAGS = {"base_model_path", "lora_adapter_path", "output_path"}
 
 
@@ -50,3 +50,28 @@ def test_defaults_in_the_table_are_the_defaults():
         if shown in ("true", "false") or shown.isdigit():
             wanted = 8192 if name == "max_tokens_per_micro_batch" else default
             assert str(wanted).lower() == shown, name
+
+
+LAUNCHING = (ROOT / "launch" / "README.md").read_text()
+
+
+def test_launching_names_files_and_flags_that_exist():
+    named = set(re.findall(r"\]\(([\w.-]+)\)", LAUNCHING)) | {"train.sh"}
+    named |= set(re.findall(r"(?<=launch/)[\w.-]+\.\w+", LAUNCHING)) - {"launch.py"}
+    assert [name for name in sorted(named) if not (ROOT / "launch" / name).exists()] == []
+    ours = set(re.findall(r"`--([a-z_]+)[ `]", LAUNCHING)) - {"all", "cut", "dry_run", "requeue"}
+    assert {"max_restarts", "resume"} <= ours <= set(FIELDS), ours - set(FIELDS)
+
+
+def test_the_table_of_exit_codes_is_the_engines():
+    from engine import exit_codes
+
+    table = {name: int(code) for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", LAUNCHING, re.MULTILINE)}
+    assert table == {name: code for name, code in vars(exit_codes).items() if isinstance(code, int)}
+
+
+def test_the_table_of_forwarded_variables_is_the_engines():
+    from engine.launch.environment import FORWARDED
+
+    section = LAUNCHING[LAUNCHING.index("## Environment variables") : LAUNCHING.index("## Try it")]
+    assert dict(re.findall(r"^\| `([\w*]+)` \| (.*) \|$", section, re.MULTILINE)) == FORWARDED

@@ -204,12 +204,13 @@ class Store:
     @property
     def records(self) -> np.ndarray:
         """The records of all samples, RECORD [n], in memory."""
-        return np.concatenate([np.asarray(part.samples) for part in self.parts])
+        return np.concatenate([np.empty(0, RECORD), *(part.samples for part in self.parts)])
 
     @property
     def part_of_sample(self) -> np.ndarray:
         """int32 [n]."""
-        return np.repeat(np.arange(len(self.parts), dtype=np.int32), [len(part.samples) for part in self.parts])
+        sizes = np.array([len(part.samples) for part in self.parts], np.int64)
+        return np.repeat(np.arange(len(self.parts), dtype=np.int32), sizes)
 
     def speakers(self) -> list[str]:
         """Names of the numbers in the records."""

@@ -57,7 +57,7 @@ def require_sound(header: Mapping[str, Any]) -> None:
         for name in COUNTS:
             if not _is_count(part[name]):
                 raise ValueError(f"{name} of {part['folder']} is {part[name]!r}")
-    if header["samples"] != sum(part["samples"] for part in header["parts"]):
+    if not _is_count(header["samples"]) or header["samples"] != sum(part["samples"] for part in header["parts"]):
         raise ValueError("its parts do not have as many samples as it says")
     if not isinstance(header["fingerprint"], str) or not isinstance(header["identity"], dict):
         raise ValueError("fingerprint is no text, or identity no object")

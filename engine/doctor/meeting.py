@@ -51,7 +51,7 @@ class Meeting:
         patience = self.patience_s if patience_s is None else patience_s
         if missing := self._await(keys, patience):
             problem = self._absence(name, missing, patience)
-            pass
+            self._say({"failure": problem})
             raise EngineError(problem)
         return [json.loads(text) for text in self.store.multi_get(keys)]
 

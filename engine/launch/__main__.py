@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from engine.errors import ConfigError, EngineError
 from engine.launch import dry_run
@@ -44,8 +45,8 @@ def _launch(script: str, arguments: list[str], env: Mapping[str, str]) -> int:
     if plan.launcher == "none":
         # this very process, so that a debugger has the terminal
         os.execve(plan.command[0], [*plan.command, script, *given], environment(env, plan))
-    limit = settings.max_restarts if settings else 0
-    return Restarts(lambda: make_plan(env, machine), env, script, given, limit).run()
+    limit, latest = (settings.max_restarts, Path(settings.output_dir, "latest")) if settings else (0, None)
+    return Restarts(lambda: make_plan(env, machine), env, script, given, limit, latest).run()
 
 
 def _checked(env: Mapping[str, str], machine: Machine, arguments: list[str] | None) -> tuple[LaunchPlan, object]:
@@ -65,6 +66,8 @@ def _checked(env: Mapping[str, str], machine: Machine, arguments: list[str] | No
                 f"resume: {settings.resume}: machines that come or go start the run again → --resume auto, which then "
                 "goes on from the last checkpoint"
             )
+        if plan and settings and plan.launcher == "none" and settings.max_restarts:
+            problems.append("max_restarts: with LAUNCHER=none nobody watches the process → set it to 0, or a launcher")
     except ConfigError as error:
         problems += error.problems
     if problems:

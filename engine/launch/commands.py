@@ -23,7 +23,10 @@ def with_command(plan: "LaunchPlan", env: Mapping[str, str]) -> "LaunchPlan":
     if plan.launcher == "none":
         return replace(plan, command=(sys.executable, "-u"))
     if plan.launcher == "torchrun":
-        return replace(plan, command=tuple(_torchrun(plan, env)))
+        words = _torchrun(plan, env)
+        # Else it keeps one store for all rounds, and ranks of a later one find addresses of ranks that have gone.
+        fresh = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "c10d" in words else {}
+        return replace(plan, command=tuple(words), changes=plan.changes | fresh)
     words, changes = _deepspeed(plan, env)
     return replace(plan, command=tuple(words), changes=plan.changes | changes)
 

@@ -62,6 +62,8 @@ def plan_lines(plan: LaunchPlan, env: Mapping[str, str], script: str, arguments:
         f"  {forwarding.shown(name, value) if value is not None else f'without {name}'}"
         for name, value in plan.changes.items()
     ]
+    if plan.by_ssh and plan.changes.get("DS_ACCELERATOR") == "cpu":
+        lines.append("note: the automatic settings above are those of machines without GPUs, as this one is")
     return [*lines, *(_forwarded_lines(env) if plan.by_ssh else _not_forwarded(plan))]
 
 

@@ -18,8 +18,6 @@ from engine.runtime.activity import FOLDER
 RESTART = "HIGGS_ENGINE_RESTART"
 """Tells the ranks that they go on with a run, from its newest checkpoint, and for which time."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
-LONG_S = 600.0
-"""An attempt that lasted so long was no failure at once: the pause after it is short again."""
 
 
 class Restarts:
@@ -29,21 +27,22 @@ class Restarts:
         env: the environment of this process.
         script, arguments: what the ranks run.
         limit: restarts that are allowed.
+        latest: file whose content changes with each checkpoint; None: there are none.
     """
 
     def __init__(
         self, make_plan: Callable[[], LaunchPlan], env: Mapping[str, str], script: str, arguments: Sequence[str],
-        limit: int,
+        limit: int, latest: Path | None = None,
     ):  # fmt: skip
         self.make_plan, self.env = make_plan, env
-        self.script, self.arguments, self.limit = script, arguments, limit
+        self.script, self.arguments, self.limit, self.latest = script, arguments, limit, latest
 
     def run(self) -> int:
         """The exit code of the last attempt."""
         pause, number = FIRST_PAUSE_S, 0
         with Signals().listening() as signals:
             while True:
-                started = time.monotonic()
+                before = self._checkpoint()
                 plan = self.make_plan()
                 place = OldMeetingPlace(plan.host, plan.port) if plan.meets_others else None
                 code = self._attempt(number, plan, signals)
@@ -52,11 +51,15 @@ class Restarts:
                 if number == self.limit or signals.first or not _is_worth_another(code, plan):
                     return code
                 number += 1
-                pause = FIRST_PAUSE_S if time.monotonic() - started > LONG_S else pause
+                pause = pause if self._checkpoint() == before else FIRST_PAUSE_S
                 say(f"restart {number} of {self.limit} in {pause:.0f} s, after {code}, {verdict.meaning(code)}")
                 if not self._pause(pause, place, signals):
                     return STOPPED
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _checkpoint(self) -> str | None:
+        """The newest one's name. An attempt that made one got further: the pause after it is short again."""
+        return self.latest.read_text() if self.latest and self.latest.is_file() else None
 
     def _attempt(self, number: int, plan: LaunchPlan, signals: Signals) -> int:
         with tempfile.TemporaryDirectory(prefix="higgs-engine-launch-") as folder:

@@ -1,7 +1,7 @@
 """An exception in the middle of a run, in words: on which rank, at which step, in which phase, and what to do.
 
-What a restart may mend becomes an Interrupted; what would come again, a mistake; what nobody foresaw stays as it is,
-with its traceback, after a line that says where it happened.
+What was foreseen becomes an Interrupted, which a restart may mend: memory is fragmented, disks and networks stumble.
+What nobody foresaw stays as it is, with its traceback, after a line that says where it happened.
 """
 
 import re
@@ -45,9 +45,9 @@ def _translated(error: Exception, where: str, beats: Beats) -> Exception:
     if isinstance(error, EngineError):
         return error
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(text):
-        return EngineError(f"{where}: out of memory → {LESS_MEMORY}", [first])
+        return Interrupted(f"{where}: out of memory → {LESS_MEMORY}", [first])
     if ENDED_BY_LAUNCHER.search(text):
-        return Interrupted(f"{where}: the launcher ends this process, another one is gone → --resume auto", _gone(beats))
+        return Interrupted(f"{where}: the launcher ends this process → --resume auto", _gone(beats))
     cut_off = isinstance(error, (ConnectionError, EOFError)) and activity.current.phase == "data"
     if LOADER_WORKER in text or cut_off:
         remedy = "where the machine is short of memory, lower dataloader_num_workers"

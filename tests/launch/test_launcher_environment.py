@@ -26,7 +26,7 @@ def test_the_list_takes_what_all_machines_need_and_nothing_else():
         "FI_PROVIDER": "efa",
     }
     goes |= {"TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "HIGGS_ENGINE_RESTART": "1"}
-    stays = {"HOME": "/root", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "HIGGS_ENGINE_PYTHON": "p", "NCCL": "x"}
+    stays = {"HOME": "/home/me", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "HIGGS_ENGINE_PYTHON": "p", "NCCL": "x"}
     held = {"HF_TOKEN": "hf_abc", "TORCH_NOTE": "two\nlines", "DS_API_KEY": "k"}
     assert forwarding.forwarded(goes | stays | held) == dict(sorted(goes.items()))
     assert list(forwarding.held_back(goes | stays | held)) == ["DS_API_KEY", "HF_TOKEN", "TORCH_NOTE"]

@@ -245,6 +245,25 @@ def test_ranks_are_told_from_their_launchers_and_their_children(tmp_path):
     assert not processes.of_run(tmp_path)
 
 
+@pytest.mark.parametrize("handles", [True, False])
+def test_endings_are_seen_in_their_order(monkeypatch, handles):
+    """Also of processes whose parent has not asked for them yet; with and without the system's handles."""
+    if not handles:
+        monkeypatch.setattr(processes, "_has_handles", lambda: False)
+    first, second = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    endings = processes.Endings()
+    assert endings.watch(first.pid) and endings.watch(second.pid)
+    assert endings.wait(0.05) == []
+    for process in (second, first):
+        process.kill()
+        seen = []
+        while not seen:
+            seen = endings.wait(0.05)
+        assert seen == [process.pid]
+    first.wait(), second.wait()
+    endings.close()
+
+
 def test_the_store_of_the_last_attempt_is_told_from_the_next_one():
     """At the same host and port; the first closes only after this machine has noticed that the attempt is over."""
     with socket.create_server(("127.0.0.1", 0)) as old:

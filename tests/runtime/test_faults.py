@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from engine.exit_codes import FAILED, HUNG, MISTAKE, STOPPED, TIME_IS_UP
+from engine.exit_codes import FAILED, HUNG, STOPPED, TIME_IS_UP
 from tests.commands import flags
 from tests.processes import ROOT
 
@@ -82,8 +82,8 @@ def test_who_comes_late_is_told_from_who_waits(outcome):
 
 @pytest.mark.parametrize("name, code, words", [
     ("worker", FAILED, ["a process that makes batches was killed", "lower dataloader_num_workers"]),
-    ("data", MISTAKE, ["step 3, micro-batch 1 of rank 1 cannot be made of row", "codes of another length", "validate"]),
-    ("memory", MISTAKE, ["step 3, forward", "out of memory → lower max_tokens_per_micro_batch"]),
+    ("data", FAILED, ["step 3, micro-batch 1 of rank 1 cannot be made of row", "codes of another length", "validate"]),
+    ("memory", FAILED, ["step 3, forward", "out of memory → lower max_tokens_per_micro_batch"]),
     ("defect", FAILED, ["step 3, forward, for 0 s: ZeroDivisionError", "Traceback", "in patched"]),
 ])  # fmt: skip
 def test_what_fails_on_one_rank_ends_both(outcome, name, code, words):

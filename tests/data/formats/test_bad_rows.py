@@ -200,7 +200,7 @@ def test_lines_of_ljspeech(tmp_path):
     ({"messages": [[{"role": "user", "content": [{"typ": "text", "text": "hi"}]}]]}, "unknown key 'typ' → did you"),
     ({"messages": [[{"role": "user", "content": "hi"}]], "misc": ["[]"]}, "misc is a list → must be an object or null"),
     ({"messages": [[{"role": "user", "content": "hi"}]], "misc": [{"a": b"\x00"}]}, "misc holds what JSON cannot"),
-    ({"messages": [[{"role": "user", "content": "hi"}]], "misc": ['{"a": "\\ud800"}']}, "misc is not valid JSON: half of"),
+    ({"messages": [[{"role": "user", "content": "hi"}]], "misc": ['{"a": "\\ud800"}']}, "misc is not valid JSON: half"),
     ({"messages": [[{"role": "user", "content": "hi"}]], "start_index": [0.5]}, "start_index is a number → must be an"),
 ])  # fmt: skip
 def test_rows_of_parquet(rows, message, tmp_path):
