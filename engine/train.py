@@ -232,6 +232,7 @@ class Run:
         return code
 
     def _steps(self, start: int, batches: Iterator[PackedBatch], stop: StopRequests) -> int:
+        self.saved_step = start
         vote = StopVote(stop, self.world, timedelta(seconds=self.settings.timeout_s + GOES_FIRST_S))
         stop.response = Response.SAVE
         code = DONE
@@ -253,7 +254,7 @@ class Run:
         """Leaves nothing unsaved behind."""
         done = step.number + 1
         why = "a signal asked for it" if code == STOPPED else f"max_train_hours ({self.settings.max_train_hours:g})"
-        if done < self.total and done % self.settings.save_steps:
+        if self.saved_step != done:
             self._save(done, step.epoch, None)
         self.progress.say(f"stopped after step {done} of {self.total}: {why}; go on with --resume auto")
 
@@ -394,6 +395,7 @@ class Run:
 
     def _save(self, step: int, epoch: int, eval_loss: float | None) -> None:
         activity.current.enter("save")
+        self.saved_step = step
         manifest = self._manifest(step, epoch, eval_loss)
         self.saver.save(manifest, self.engine.state(), self._write_once)
         if self.settings.async_save:

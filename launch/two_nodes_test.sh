@@ -21,7 +21,7 @@ set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TOP=$(dirname "$HERE")
 PATH=$PATH:/usr/sbin:/sbin
-STEPS=3
+STEPS=4
 TIMEOUT_S=15
 
 skip() { echo "skipped: $1" >&2; exit 77; }

@@ -128,7 +128,10 @@ class StopVote:
 
 
 def ignore_in_worker() -> None:
-    """For loader workers: they end with their rank, when it says so, and its pipe is not theirs to write to."""
+    """For loader workers: they end with their rank, when it says so, and its pipe is not theirs to write to.
+
+    SIGTERM too: SLURM sends it to every process of a job, and a save takes no longer for it.
+    """
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in HEARD:
         signal.signal(number, signal.SIG_IGN)
