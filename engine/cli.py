@@ -6,6 +6,7 @@ Mistakes that a user can mend are printed without a traceback; exit codes are th
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from engine.errors import EngineError
 from engine.exit_codes import DONE, FAILED, MISTAKE
 from engine.runtime import activity
 
+ON_ALL_RANKS = ("train", "prepare", "doctor")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -25,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"higgs-engine: unknown command {name!r}\n\n{_overview()}", file=sys.stderr)
         return MISTAKE
+    launched = name in ON_ALL_RANKS and _has_launcher()
+    if launched:  # a peer that is gone would be told by pages of addresses in torch's libraries, drowning our line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "RANK" in os.environ:
         activity.current.keep(int(os.environ["RANK"]))
     code = FAILED
@@ -35,9 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() == getattr(error, "spokesman", 0):
             print(f"\nhiggs-engine {name}: {error}", file=sys.stderr, flush=True)
         code = error.code
+    except Exception:
+        if not launched:
+            raise
+        traceback.print_exc()
     finally:
         activity.current.ends(code)
+    if launched:
+        from engine.runtime.distributed import exit_cleanly
+
+        exit_cleanly(code)
     return code
+
+
+def _has_launcher() -> bool:
+    """Whether this is one of several processes that a launcher has started."""
+    return (
+        not {"WORLD_SIZE", "OMPI_COMM_WORLD_RANK"}.isdisjoint(os.environ)
+        or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    )
 
 
 def _rank() -> int:
@@ -66,13 +87,9 @@ def train(argv: list[str]) -> int:
     if len(given) < len(argv):
         dry_run.show_as_rank(settings)
         return 0
-    from engine.runtime.distributed import exit_cleanly
     from engine.train import train as run
 
-    code = run(settings)
-    if "WORLD_SIZE" in os.environ:  # a worker of a launcher: leave past gloo's flaky teardown
-        exit_cleanly(code)
-    return code
+    return run(settings)
 
 
 def prepare(argv: list[str]) -> int:
@@ -84,11 +101,8 @@ def prepare(argv: list[str]) -> int:
     args, rest = _with_settings(parser, argv)
     settings = parse(rest, "higgs-engine prepare")
     from engine.prepare import prepare_stores
-    from engine.runtime.distributed import exit_cleanly
 
     prepare_stores(settings, args.out.absolute())
-    if "WORLD_SIZE" in os.environ:
-        exit_cleanly(0)
     return 0
 
 
@@ -305,12 +319,8 @@ def doctor(argv: list[str]) -> int:
     if args.patience <= 0:
         parser.error("--patience has to be above 0")
     from engine.doctor.examination import examine
-    from engine.runtime.distributed import exit_cleanly
 
-    code = examine(rest, args.patience, args.json)
-    if "WORLD_SIZE" in os.environ:
-        exit_cleanly(code)
-    return code
+    return examine(rest, args.patience, args.json)
 
 
 DOCTOR = """\

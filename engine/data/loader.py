@@ -8,7 +8,7 @@ from torch.utils import data as torch_data
 from engine.data.batches import MicroBatch
 from engine.data.dataset import Dataset
 from engine.data.packing import PackedBatch, empty_sample, pack
-from engine.runtime.signals import ignore_in_worker
+from engine.runtime.signals import begin_worker
 
 
 class _Packer(torch_data.Dataset):
@@ -24,7 +24,7 @@ class _Packer(torch_data.Dataset):
 
 
 def _begin_worker(_: int) -> None:
-    ignore_in_worker()
+    begin_worker()
 
 
 def packed_batches(

@@ -42,10 +42,10 @@ class Stragglers:
         mine, self._before, self._steps = (now - self._before) / self._steps, now, 0
         if self._world.size == 1:
             return []
-        everyone = torch.empty(self._world.size * len(PHASES), dtype=torch.float64)
-        dist.all_gather_into_tensor(everyone, mine)
+        everyone = [torch.empty_like(mine) for _ in range(self._world.size)]
+        dist.all_gather(everyone, mine)
         hosts: list[str] = [""] * self._world.size
-        found = slow(everyone.view(self._world.size, -1).tolist(), seconds_per_step)
+        found = slow([row.tolist() for row in everyone], seconds_per_step)
         if found:
             dist.all_gather_object(hosts, socket.gethostname())
         return [

@@ -5,6 +5,7 @@ A signal may come to one process only, or to all at another moment each; the pro
 while the main thread waits in a collective, which is when a second Ctrl-C has to work.
 """
 
+import ctypes
 import enum
 import os
 import signal
@@ -25,6 +26,8 @@ from engine.runtime.distributed import World
 
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """USR1 is what batch systems send ahead of a time limit or a pre-emption."""
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>: the signal that a process gets when its parent dies."""
 ECHO_S = 1.0
 """Ctrl-C reaches every process of a terminal, and some launchers hand it on once more."""
 
@@ -127,11 +130,14 @@ class StopVote:
         self._ballot.close()
 
 
-def ignore_in_worker() -> None:
-    """For loader workers: they end with their rank, when it says so, and its pipe is not theirs to write to.
+def begin_worker() -> None:
+    """For loader workers: signals are their rank's business, and they die with it.
 
-    SIGTERM too: SLURM sends it to every process of a job, and a save takes no longer for it.
+    SLURM sends SIGTERM to every process of a job, while ranks still need batches. A worker that outlives its rank
+    keeps the rank's connections open, and the other ranks would learn of its end only seconds later.
     """
-    signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(-1)  # the rank's pipe
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
