@@ -48,8 +48,8 @@ PATIENCE_S = 60.0
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20, help="begin no further round after them (default 20)")
-    parser.add_argument("--steps", type=int, default=600, help="of each run (default 600)")
-    parser.add_argument("--pause", type=float, default=6, help="seconds of training between kills, mean (default 6)")
+    parser.add_argument("--steps", type=int, default=200, help="of each run (default 200)")
+    parser.add_argument("--pause", type=float, default=12, help="seconds of training between kills, mean (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the killer")
     parser.add_argument("--folder", type=Path, help="where runs go (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="report (default: below benchmarks/results)")
