@@ -4,7 +4,7 @@ DONE = 0
 FAILED = 1
 """Something unforeseen; a traceback says what. Started again where restarts are allowed."""
 MISTAKE = 2
-"""What its reader has to mend: settings, data, model, checkpoint, memory. The same start would fail again."""
+"""What its reader has to mend: settings, data, model, checkpoint. The same start would fail again."""
 DIVERGED = 3
 """Too many steps in a row whose numbers went wrong (skipped_steps.jsonl in the output folder)."""
 HUNG = 4
