@@ -83,31 +83,30 @@ class Killer(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        due = self._next()
-        wanted = 0
+        left, wanted, now = self._pause(), 0, time.monotonic()
         while not self.over.wait(0.02):
-            ranks = self._training_ranks()
+            ranks, before, now = self._training_ranks(), now, time.monotonic()
             for process, _ in ranks:
                 self._measure(process)
             self._measure(self.launcher)
             if self.pause_s is None or not ranks:
-                due = max(due, time.monotonic() + 0.5)  # starting again is not what is to be tried
-                continue
-            late = time.monotonic() - due
-            if late < 0:
+                continue  # starting again is not what is to be tried
+            left -= now - before
+            if left > 0:
                 continue
             phase = PHASES[wanted % len(PHASES)]
             process, doing = self.dice.choice(ranks)
-            if (doing if doing in PHASES else "a step") == phase or late > PATIENCE_S:
+            if (doing if doing in PHASES else "a step") == phase or -left > PATIENCE_S:
                 try:
                     process.kill()
                 except psutil.Error:
                     continue
                 self.kills[phase] += 1
-                wanted, due = wanted + 1, self._next()
+                left, wanted = self._pause(), wanted + 1
 
-    def _next(self) -> float:
-        return time.monotonic() + self.dice.expovariate(1 / (self.pause_s or 1))
+    def _pause(self) -> float:
+        """Seconds of training until the next kill."""
+        return self.dice.expovariate(1 / (self.pause_s or 1))
 
     def _training_ranks(self) -> list[tuple[psutil.Process, str]]:
         """The ranks that are within their steps, and their phase."""

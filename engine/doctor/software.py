@@ -105,9 +105,8 @@ def _paths(settings: Settings) -> Iterable[tuple[str, str]]:
 def content(path: Path) -> str | None:
     """Short mark of what is there, without times, which copies do not keep; None: it cannot be read."""
     try:
-        if is_store(path):
-            header = json.loads((path / HEADER).read_text(encoding="utf-8"))
-            return "store " + str(header["fingerprint"])[:12]
+        if is_store(path) and (fingerprint := _fingerprint(path)):
+            return f"store {fingerprint[:12]}"
         digest = hashlib.sha256()
         if path.is_file():
             _look_into(path, digest)
@@ -120,7 +119,15 @@ def content(path: Path) -> str | None:
                 if (path / name).is_file():
                     _look_into(path / name, digest)
         return digest.hexdigest()[:12]
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
+        return None
+
+
+def _fingerprint(store: Path) -> str | None:
+    """None: its header is damaged, which whoever opens the store says better."""
+    try:
+        return str(json.loads((store / HEADER).read_text(encoding="utf-8"))["fingerprint"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
