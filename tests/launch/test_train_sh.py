@@ -151,7 +151,7 @@ def test_a_killed_rank_is_named_and_the_run_restarted(tree, tmp_path):
 @pytest.mark.parametrize("launcher, code", [("deepspeed", 75), ("torchrun", 75), ("none", 5)])
 def test_sigterm_reaches_the_ranks_once_and_waits_for_them(tree, tmp_path, launcher, code):
     size = 1 if launcher == "none" else 2
-    restarts = ("--max_restarts", "1")  # not after a signal to the launch
+    restarts = ("--max_restarts", "1") if size > 1 else ()  # not after a signal to the launch
     bash = start(tree, "--wait", str(code), *restarts, cwd=tmp_path, LAUNCHER=launcher, NPROC=str(size))
     for _ in range(2 * size):
         line = bash.stdout.readline()
@@ -160,6 +160,12 @@ def test_sigterm_reaches_the_ranks_once_and_waits_for_them(tree, tmp_path, launc
     out = bash.communicate(timeout=60)[0]
     assert [rank["heard"] for rank in told(out)] == [[signal.SIGTERM]] * size
     assert bash.returncode == code
+
+
+def test_restarts_need_somebody_who_watches(tree, tmp_path):
+    result = run(["bash", tree / "launch/train.sh", "--max_restarts", "1"], tmp_path, LAUNCHER="none")
+    assert result.returncode == 2 and not result.stdout
+    assert "max_restarts: with LAUNCHER=none nobody watches the process" in result.stderr
 
 
 @pytest.mark.parametrize(
