@@ -13,6 +13,7 @@ REQUIREMENTS = [
     "safetensors",
     "numpy",
     "pyyaml",
+    "psutil",
     "soundfile",
     "tqdm",
 ]
@@ -21,8 +22,8 @@ EXTRAS = {
     "flash": ["flash-attn"],  # compiles against the installed torch: pip install --no-build-isolation
     "kernels": ["liger-kernel"],  # fused norms, rotary positions and SwiGLU, on a GPU
     "lowbit": ["torchao>=0.18,<0.19"],  # float8 products; pure Python or abi3, for torch from 2.11 on
-    "parquet": ["pyarrow"],  # data in Parquet files
-    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyarrow", "torchao>=0.18,<0.19"],
+    "parquet": ["pyarrow>=14.0.1"],  # data in Parquet files
+    "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyarrow>=14.0.1", "torchao>=0.18,<0.19"],
 }
 
 setup(
