@@ -39,8 +39,8 @@ ROUNDS = (
     ("zero3, LoRA", ["--backend", "deepspeed", "--ds_config", "zero3", "--use_lora"]),
 )
 PHASES = ("a step", "save", "evaluate")
-TIMES = {"tokens_per_second", "audio_seconds_per_second", "seconds_per_step"}
-"""What a log line holds that is not the same in every run."""
+NOT_COMPARED = {"tokens_per_second", "audio_seconds_per_second", "seconds_per_step", "alarm"}
+"""Times; and alarms, which are told by what a process has seen since its start."""
 FREED_IS_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 """For the C library: else memory that rows of other lengths have left in pieces looks like a leak for a long while."""
 PATIENCE_S = 60.0
@@ -148,9 +148,9 @@ def train(demo: Demo, out: Path, steps: int, flags: list[str], pause_s: float | 
 
 
 def curve(out: Path) -> list[dict]:
-    """What was logged, without the times."""
+    """What was logged, without what is not compared."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in NOT_COMPARED} for line in lines]
 
 
 def leftovers(out: Path) -> list[str]:
