@@ -104,7 +104,7 @@ class Watchdog:
             f"what each process was doing, line by line: {self._stacks}",
             "→ resume with --resume auto; timeout_s is the longest that a step, an evaluation or a save may take",
         ])  # fmt: skip
-        self._leave(HUNG)
+        self._leave_last(HUNG)
 
     def _dump_stacks(self) -> None:
         self._stacks.mkdir(parents=True, exist_ok=True)
@@ -112,10 +112,13 @@ class Watchdog:
             faulthandler.dump_traceback(file)
 
     def _follow(self, code: int) -> None:
-        """Rank 0 may be the store's host: whoever said that the run is over still needs it to say why."""
         if code == HUNG:
             self._dump_stacks()
-        if self._world.rank == 0:
+        self._leave_last(code)
+
+    def _leave_last(self, code: int) -> None:
+        """Rank 0 may be the store's host, from which the others learn that it is over, and who has said so."""
+        if self._world.rank == 0 and self._world.size > 1:
             self._stop.wait(distributed.GRACE_S + 1)
         self._leave(code)
 
