@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         if not launched:
             raise
-        traceback.print_exc()
+        traceback.print_exc()  # what Python would do; but its teardown may wait for peers that are gone
     finally:
         activity.current.ends(code)
     if launched:
