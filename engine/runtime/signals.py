@@ -53,7 +53,7 @@ class StopRequests:
         self.signal: signal.Signals | None = None
         self.response = Response.LEAVE
         self._deadline = float("inf") if max_hours is None else time.monotonic() + 3600 * max_hours
-        self._heard_at = 0.0
+        self._heard_at: dict[signal.Signals, float] = {}
 
     @property
     def code(self) -> int:
@@ -65,20 +65,21 @@ class StopRequests:
     def hear(self, number: int) -> None:
         """A first signal asks to save and leave; the same again leaves at once, unless it is USR1."""
         now = signal.Signals(number)
+        since = time.monotonic() - self._heard_at.setdefault(now, time.monotonic())
         if self.signal is None:
-            self.signal, self._heard_at = now, time.monotonic()
+            self.signal = now
             if self.response == Response.LEAVE:
-                self._leave("leaves; no step has been trained since the last save")
+                self._leave(now, "leaves; no step has been trained since the last save")
             once_more = "" if now == signal.SIGUSR1 else "; once more leaves at once"
             if self.response == Response.SAVE:
                 _say(f"{now.name}: saves after this step and leaves{once_more}")
-        elif now == self.signal != signal.SIGUSR1 and time.monotonic() - self._heard_at > ECHO_S:
-            self._leave("leaves at once, without saving")
+        elif now != signal.SIGUSR1 and since > ECHO_S:
+            self._leave(now, "leaves at once, without saving")
 
-    def _leave(self, how: str) -> NoReturn:
-        _say(f"{self.signal.name}: {how}")
-        activity.current.ends(128 + self.signal)
-        os._exit(128 + self.signal)
+    def _leave(self, number: signal.Signals, how: str) -> NoReturn:
+        _say(f"{number.name}: {how}")
+        activity.current.ends(128 + number)
+        os._exit(128 + number)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequests"]:

@@ -66,6 +66,16 @@ def test_usr1_may_come_again_and_other_signals_after_it():
     assert errors.count("saves after this step") == 1
 
 
+def test_twice_leaves_also_when_another_signal_came_first():
+    process = child("SAVE", 60)
+    for number, pause in ((signal.SIGUSR1, 0.2), (signal.SIGTERM, signals.ECHO_S + 1), (signal.SIGTERM, 0)):
+        assert process.poll() is None
+        process.send_signal(number)
+        time.sleep(pause)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_before_the_first_step_a_signal_ends_the_process():
     process = child("LEAVE", 60)
     process.send_signal(signal.SIGTERM)
