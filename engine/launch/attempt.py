@@ -74,16 +74,19 @@ class Attempt:
             _signal_group(launcher, signal.SIGTERM)
 
     def _look(self, endings: processes.Endings) -> None:
-        """Takes as long as `LOOK_S` unless a rank ends."""
-        gone = []
-        for record in read_records(self.records):
-            pid = record["pid"]
-            if pid not in self._watched:
-                self._watched[pid] = record["rank"]
-                if not endings.watch(pid):
-                    gone.append(pid)
-        gone = gone or endings.wait(LOOK_S)
+        """Takes as long as `LOOK_S` unless a rank ends. What is found gone in one look has ended at one time: whoever
+        looks rarely, on a busy machine, cannot say who was first."""
+        gone = self._watch(endings)
+        gone += endings.wait(0 if gone else LOOK_S)
+        if gone:  # the first to end may have begun and ended within this look
+            gone += self._watch(endings) + endings.wait(0)
         self.ended |= dict.fromkeys((self._watched[pid] for pid in gone), time.time())
+
+    def _watch(self, endings: processes.Endings) -> list[int]:
+        """Watches the ranks that are new; those among them that have ended already."""
+        new = [record for record in read_records(self.records) if record["pid"] not in self._watched]
+        self._watched |= {record["pid"]: record["rank"] for record in new}
+        return [record["pid"] for record in new if not endings.watch(record["pid"])]
 
     def _clear_up(self, endings: processes.Endings) -> None:
         """Nothing outlives the run. Ranks that do have lost their launcher, whose code says nothing about them."""

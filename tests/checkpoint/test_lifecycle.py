@@ -216,7 +216,7 @@ def test_another_format_is_named(tmp_path, found, remedy):
 def test_a_checkpoint_that_reaches_outside_itself_is_refused(tmp_path, name):
     folder = write(tmp_path, 1)
     rewrite(folder, files={name: {"bytes": 1, "sha256": ""}})
-    with pytest.raises(CheckpointError, match="not a path within the checkpoint"):
+    with pytest.raises(CheckpointError, match="not a path within its folder"):
         load_manifest(folder)
 
 
