@@ -16,6 +16,9 @@ REQUIREMENTS = [
     "psutil",
     "soundfile",
     "tqdm",
+    "rich",
+    "tensorboard",
+    "jiwer",
 ]
 
 EXTRAS = {
@@ -23,6 +26,7 @@ EXTRAS = {
     "kernels": ["liger-kernel"],  # fused norms, rotary positions and SwiGLU, on a GPU
     "lowbit": ["torchao>=0.18,<0.19"],  # float8 products; pure Python or abi3, for torch from 2.11 on
     "parquet": ["pyarrow>=14.0.1"],  # data in Parquet files
+    "trackers": ["wandb", "mlflow>=3", "trackio"],  # those of report_to that are not the default
     "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyarrow>=14.0.1", "torchao>=0.18,<0.19"],
 }
 

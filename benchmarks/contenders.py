@@ -25,7 +25,7 @@ from engine.data.loader import packed_batches
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model.initial import InitialWeights, build_on_meta, fill, rebuild_buffers
 from engine.model.trainable import choose_trainable, decayed, optimizer_groups
-from engine.observe.metrics import losses
+from engine.observe.metrics import head_metrics
 from engine.runtime.distributed import World
 
 LEARNING_RATE = 1e-6
@@ -100,9 +100,8 @@ class Packed:
         sums = self.engine.accumulate(self._batches([step]), targets)
         if self.job.world.size > 1:
             torch.distributed.all_reduce(sums)
-        return losses(sums.tolist(), targets.text, targets.codebooks, self.job.settings)["loss"], (
-            self.engine.gradients()
-        )
+        tallies = [[total, 0.0, 0.0] for total in sums.tolist()] + [[0.0] * 3]  # losses alone are compared
+        return head_metrics(tallies, targets, self.job.settings)["loss"], self.engine.gradients()
 
     def close(self) -> None:
         if hasattr(self.engine.backend, "engine"):

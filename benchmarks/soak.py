@@ -30,6 +30,7 @@ import transformers
 import engine
 from benchmarks.stopwatch import hardware
 from engine.data.demo import Demo, make_demo
+from engine.observe.schema import METRICS
 from engine.runtime.activity import FOLDER, read_records
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +40,9 @@ ROUNDS = (
     ("zero3, LoRA", ["--backend", "deepspeed", "--ds_config", "zero3", "--use_lora"]),
 )
 PHASES = ("a step", "save", "evaluate")
-NOT_COMPARED = {"tokens_per_second", "audio_seconds_per_second", "seconds_per_step", "alarm"}
-"""Times; and alarms, which are told by what a process has seen since its start."""
+NOT_COMPARED = {metric.name for metric in METRICS if metric.group in ("throughput", "time", "memory")}
+NOT_COMPARED |= {"eta_seconds", "alarm"}
+"""Times and memory; and alarms, which are told by what a process has seen since its start."""
 FREED_IS_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}
 """For the C library: else memory that rows of other lengths have left in pieces looks like a leak for a long while."""
 PATIENCE_S = 60.0
@@ -52,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20, help="begin no further round after them (default 20)")
     parser.add_argument("--steps", type=int, default=200, help="of each run (default 200)")
     parser.add_argument("--pause", type=float, default=10, help="seconds of training between kills, mean (default 10)")
+    parser.add_argument("--most_kills", type=int, help="of a run (default: no limit; a slow machine may need one)")
     parser.add_argument("--seed", type=int, default=0, help="of the killer")
     parser.add_argument("--folder", type=Path, help="where runs go (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="report (default: below benchmarks/results)")
@@ -77,9 +80,9 @@ class Killer(threading.Thread):
         sizes: pid -> [(resident bytes, open files), ...], in order of time.
     """
 
-    def __init__(self, launcher: psutil.Process, pause_s: float | None, dice: random.Random):
+    def __init__(self, launcher: psutil.Process, pause_s: float | None, most: int | None, dice: random.Random):
         super().__init__(daemon=True)
-        self.launcher, self.pause_s, self.dice = launcher, pause_s, dice
+        self.launcher, self.pause_s, self.most, self.dice = launcher, pause_s, most, dice
         self.kills: Counter[str] = Counter()
         self.sizes: dict[int, list[tuple[int, int]]] = {}
         self.over = threading.Event()
@@ -91,7 +94,7 @@ class Killer(threading.Thread):
             for process, _ in ranks:
                 self._measure(process)
             self._measure(self.launcher)
-            if self.pause_s is None or not ranks:
+            if self.pause_s is None or not ranks or wanted == self.most:
                 continue  # starting again is not what is to be tried
             left -= now - before
             if left > 0:
@@ -131,13 +134,15 @@ class Killer(threading.Thread):
             pass
 
 
-def train(demo: Demo, out: Path, steps: int, flags: list[str], pause_s: float | None, dice: random.Random) -> Killer:
+def train(
+    demo: Demo, out: Path, steps: int, flags: list[str], pause_s: float | None, most: int | None, dice: random.Random
+) -> Killer:
     """One run to its end; everything it says goes to a file beside its folder."""
     env = os.environ | {"HIGGS_ENGINE_PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     env |= FREED_IS_RETURNED
     with open(out.with_suffix(".log"), "w") as log:
         process = subprocess.Popen(command(demo, out, steps, flags), env=env, stdout=log, stderr=subprocess.STDOUT)
-        killer = Killer(psutil.Process(process.pid), pause_s, dice)
+        killer = Killer(psutil.Process(process.pid), pause_s, most, dice)
         killer.start()
         code = process.wait()
     killer.over.set()
@@ -186,9 +191,10 @@ def shared_memory() -> int:
 def one_round(demo: Demo, folder: Path, name: str, flags: list[str], args: argparse.Namespace, seed: int) -> dict:
     """Both runs of a backend, and what they show."""
     dice = random.Random(seed)
-    peace = train(demo, folder / "undisturbed", args.steps, flags, None, dice)
+    peace = train(demo, folder / "undisturbed", args.steps, flags, None, None, dice)
     before, began = shared_memory(), time.monotonic()
-    killed = train(demo, folder / "killed", args.steps, [*flags, "--max_restarts", "100000"], args.pause, dice)
+    again = [*flags, "--max_restarts", "100000"]
+    killed = train(demo, folder / "killed", args.steps, again, args.pause, args.most_kills, dice)
     memory, files = growth(peace.sizes)
     supervisor = {pid: sizes for pid, sizes in killed.sizes.items() if pid == killed.launcher.pid}
     supervisor_memory, supervisor_files = growth(supervisor)

@@ -14,7 +14,7 @@ from engine.errors import EngineError
 from engine.exit_codes import DONE, FAILED, MISTAKE
 from engine.runtime import activity
 
-ON_ALL_RANKS = ("train", "prepare", "doctor")
+ON_ALL_RANKS = ("train", "prepare", "evaluate", "doctor")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -90,6 +90,71 @@ def train(argv: list[str]) -> int:
     from engine.train import train as run
 
     return run(settings)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measures a model, an adapter or a checkpoint on held-out data; on all GPUs by `train.sh evaluate ...`."""
+    from engine.config import parse
+
+    parser = _parser("evaluate", evaluate, settings=True, epilog=EVALUATE)
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a checkpoint of a run, and its settings")
+    parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="file to write (evaluation.json)")
+    args, rest = _with_settings(parser, argv)
+    if args.checkpoint is not None and not {"--config"} & {word.partition("=")[0] for word in rest}:
+        rest = ["--config", str(args.checkpoint / "config.yaml"), *rest]
+    settings = parse(rest, "higgs-engine evaluate", optional=("train_data_file", "audio_tokenizer_path"))
+    from engine.evaluation import evaluate as run
+
+    return run(settings, args.checkpoint and args.checkpoint.absolute(), args.out.absolute())
+
+
+EVALUATE = """\
+a model     --model_path RUN/model --audio_tokenizer_path CODEC --eval_data_file DATA
+an adapter  --config RUN/config.yaml --lora_adapter_path RUN/lora_adapters
+a checkpoint  --checkpoint RUN/checkpoint-500      its settings are the run's, and what comes after is stronger
+
+without eval_data_file: what validation_split sets aside of train_data_file, as the run did
+"""
+
+
+def generate(argv: list[str]) -> int:
+    """Speaks: a text to a wav, or all rows of a data file to a folder, with scores."""
+    from engine.data.formats import FORMATS
+    from engine.data.layouts import LAYOUTS
+
+    parser = _parser("generate", generate, epilog=GENERATE)
+    add = parser.add_argument
+    model = "model folder of either format, or a run's output folder or checkpoint-N"
+    add("--model_path", type=Path, required=True, metavar="FOLDER", help=model)
+    add("--lora_adapter_path", type=Path, metavar="FOLDER", help="adapter for it, merged in memory")
+    add("--audio_tokenizer_path", type=Path, metavar="FOLDER", help="the codec; default: that of the run")
+    add("--text", help="what to say")
+    add("--reference", type=Path, metavar="WAV", help="recording of the voice to say it in")
+    add("--reference_text", metavar="TEXT", help="what is said in it; without, it stands in the system turn")
+    add("--input", type=Path, metavar="DATA", help="instead: a data file or folder of any format, or a prepared store")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="of --input (default: auto)")
+    add("--out", type=Path, required=True, help="wav to write, or with --input the new folder for them")
+    add("--prompt_layout", choices=("auto", *LAYOUTS), help="turns of the prompt; default: those of the run, else auto")
+    add("--scene", metavar="TEXT", help="scene of the system turn; default: that of the run")
+    add("--temperature", type=float, help="of the draw of each code; 0: the most likely (default: the model's own)")
+    add("--max_seconds", type=float, default=30.0, metavar="S", help="of speech, after which it is cut (default 30)")
+    add("--seed", type=int, default=42, help="of the draws; row N of --input has seed + N (default 42)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--asr_model_path", type=Path, metavar="FOLDER", help="speech recogniser of transformers: counts word errors")
+    add("--speaker_model_path", type=Path, metavar="FOLDER", help="x-vector model of transformers: compares voices")
+    args = parser.parse_args(argv)
+    from engine.evaluate.command import Request
+    from engine.evaluate.command import generate as run
+
+    return DONE if run(Request(**vars(args))) else MISTAKE
+
+
+GENERATE = """\
+with --input the folder gets 00.wav, 01.wav, ..., references and targets in prompts/, and samples.jsonl with a line of
+numbers for each; without a model for them word errors and voice are left out, the other scores need none
+
+exit code 2: some rows could not be spoken; the table says why
+"""
 
 
 def prepare(argv: list[str]) -> int:
@@ -367,6 +432,8 @@ def _with_settings(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[ar
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "prepare": prepare,
+    "evaluate": evaluate,
+    "generate": generate,
     "validate": validate,
     "plan": plan,
     "convert": convert,

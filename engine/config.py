@@ -33,9 +33,10 @@ GROUPS = {
     "Trained parameters": "everything, chosen parts, or LoRA adapters",
     "Backend": "how the model is spread over processes",
     "Run": "where the run writes, and how often",
+    "Watching": "what is told, heard and measured while it trains",
 }
 
-_model, _data, _batch, _optim, _trained, _backend, _run = (partial(setting, group) for group in GROUPS)
+_model, _data, _batch, _optim, _trained, _backend, _run, _watch = (partial(setting, group) for group in GROUPS)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -202,9 +203,43 @@ class Settings:
         "limit", above=0)
     max_restarts: int = _run(
         0, "times that launch/train.sh starts the run again after a failure, from its last checkpoint", at_least=0)
-    eval_steps: int = _run(500, "steps between evaluations", at_least=1)
-    disable_evaluation: bool = _run(False, "never evaluate, even if eval_data_file is given")
-    logging_steps: int = _run(10, "steps between lines of the log", at_least=1)
+    callbacks: list[str] = _run(
+        [], "hooks of your own that the run calls (engine/callbacks.py), each as path.py:Class: your code is run")
+
+    logging_steps: int = _watch(10, "steps between lines of the log", at_least=1)
+    report_to: list[str] = _watch(
+        ["tensorboard"], "trackers that are told every metric: tensorboard, wandb, mlflow, trackio; none: only "
+        "metrics.jsonl, which is always written", choices=("tensorboard", "wandb", "mlflow", "trackio"))
+    logging_dir: str | None = _watch(
+        None, "TensorBoard's files; none: tensorboard in the output folder", path="FOLDER")
+    run_name: str | None = _watch(None, "name of the run for trackers; none: that of the output folder")
+    eval_steps: int = _watch(500, "steps between evaluations", at_least=1)
+    per_device_eval_batch_size: int | None = _watch(
+        None, "samples of an evaluation's micro-batch; none: as in training", at_least=1)
+    disable_evaluation: bool = _watch(False, "never evaluate, even if eval_data_file is given")
+    early_stopping_patience: int | None = _watch(
+        None, "evaluations in a row without a better loss after which the run ends; none: never", at_least=1)
+    sample_every: int | None = _watch(
+        None, "steps between rounds of generated speech, always of the same prompts with the same random numbers; "
+        "none: never", at_least=1)
+    sample_prompts: list[str] = _watch(
+        [], "what these say: data files of any format; none: held-out samples, or without any, training samples",
+        path="DATA")
+    sample_count: int = _watch(4, "prompts of a round, the first ones", at_least=1)
+    sample_seconds: float = _watch(30.0, "of speech after which a sample that has not stopped is cut", above=0)
+    sample_temperature: float = _watch(
+        1.0, "of the draw of each code, with the model's own top_k and top_p; 0: always the most likely", at_least=0)
+    sample_budget_s: float = _watch(
+        300.0, "seconds that a round may take, gathering the weights included; prompts that are left are skipped, "
+        "and said", above=0)
+    asr_model_path: str | None = _watch(
+        None, "any speech recogniser of transformers, to count word errors of samples; none: not counted",
+        path="FOLDER")
+    speaker_model_path: str | None = _watch(
+        None, "any x-vector model of transformers (WavLM, ...), to compare voices of samples and references; none: "
+        "not compared", path="FOLDER")
+    profile_steps: str | None = _watch(
+        None, "first and last step to trace with torch's profiler, as 10:13; none: none")
 
     def __post_init__(self) -> None:
         if not self.codes_cache_dir:

@@ -21,8 +21,9 @@ def value_problems(settings: Any, schema: Schema) -> Iterator[str]:
     """Values out of range, and settings that contradict each other."""
     for name, field in schema.fields.items():
         value, choices, limits = getattr(settings, name), field.metadata["choices"], field.metadata["limits"]
-        if choices and value not in choices:
-            yield f"{name}: {value!r} is not a choice → one of {', '.join(choices)}"
+        for word in value if choices and isinstance(value, list) else [value]:
+            if choices and word not in choices:
+                yield f"{name}: {word!r} is not a choice → one of {', '.join(choices)}"
         numbers = [] if value is None else value if isinstance(value, list) else [value]
         if not all(LIMITS[word](number, limit) for number in numbers for word, limit in limits.items()):
             rule = field.metadata["rule"] + ", or null" * (name in schema.optional)
@@ -69,6 +70,8 @@ def value_problems(settings: Any, schema: Schema) -> Iterator[str]:
         yield "use_liger_kernel, torch_compile: both fuse the same operations → one of them"
     if settings.torch_compile and settings.processes_per_row > 1:
         yield "torch_compile: not with processes that share a row → leave it out, or set their number to 1"
+    if settings.profile_steps is not None and not profiled_steps(settings.profile_steps):
+        yield f"profile_steps: {settings.profile_steps!r} → first and last step, from 1 on, as 10:13"
     if settings.tensor_parallel_size > 1:
         if settings.backend != "deepspeed":
             yield f"tensor_parallel_size: has no meaning for backend {settings.backend} → set backend to deepspeed"
@@ -76,6 +79,13 @@ def value_problems(settings: Any, schema: Schema) -> Iterator[str]:
             yield "tensor_parallel_size, sequence_parallel_size: only one of them may be above 1 → 1 for the other"
         if settings.use_lora:
             yield "tensor_parallel_size: cuts matrices, not adapters → train in full, or set it to 1"
+
+
+def profiled_steps(text: str) -> range | None:
+    """The steps that `profile_steps` names; None if it is not written as it should be."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    return range(first, last + 1) if 1 <= first <= last else None
 
 
 def _data_problems(settings: Any) -> Iterator[str]:
@@ -132,6 +142,10 @@ def path_problems(settings: Any, schema: Schema, excused: Collection[str]) -> It
             )
         elif settings.use_lora:
             yield from differences(adapter, settings)
+    for name in ("asr_model_path", "speaker_model_path"):
+        folder = getattr(settings, name)
+        if folder and not os.path.isfile(os.path.join(folder, "config.json")):
+            yield f"{name}: {folder} holds no config.json → give the folder of a transformers model"
     if settings.resume not in ("none", "auto") and not os.path.isdir(settings.resume):
         yield f"resume: {settings.resume} is not a folder → give a checkpoint's folder, auto or none"
     if settings.backend == "deepspeed" and not find_ds_config(settings.ds_config):

@@ -80,54 +80,54 @@ def _merged(demo: Demo, out: Path) -> Path:
 def _speak(model_folder: Path, settings: Settings, out: Path) -> Path:
     """Loads the weights with unmodified transformers and lets them say a sentence of the training data."""
     import soundfile
-    import torch
     from transformers import HiggsAudioV2ForConditionalGeneration
 
     from engine.data.audio import content_key
     from engine.data.code_cache import CodeCache
     from engine.data.codec import Codec, codec_identity
     from engine.data.formats import read_rows
-    from engine.data.labels import StreamIds, codes_of_stream, merge
     from engine.data.layouts import Layout
     from engine.data.prompts import PromptTokenizer
+    from engine.evaluate.generate import generation_config, speak
+    from engine.evaluate.prompts import of_row, stream_of
     from engine.model.weights import load_tokenizer
 
     model, loading = HiggsAudioV2ForConditionalGeneration.from_pretrained(
         model_folder, use_text_head=True, output_loading_info=True
     )
     print(f"missing keys: {len(loading['missing_keys'])}, unexpected keys: {len(loading['unexpected_keys'])}")
-    config = model.config
-    stream = StreamIds(config.num_codebooks, config.audio_stream_bos_id, config.audio_stream_eos_id)
-    layout = Layout.of(settings)
-    conversation = layout.apply(next(read_rows(settings.train_data_file[0], settings.format)).conversation)
-    tokenize = PromptTokenizer(load_tokenizer(model_folder))
-    prompt = tokenize.inference(conversation)
     cache = CodeCache(settings.codes_cache_dir, codec_identity(settings.audio_tokenizer_path, settings.loudness))
-    *references, target = (cache.get(content_key(audio.recording)) for audio in conversation.audios)
-    sample = merge(prompt, references, tokenize.special, stream)
-    limit = 2 * target.shape[1]
-    generated = model.generate(
-        input_ids=torch.from_numpy(sample.input_ids).long()[None],
-        audio_input_ids=torch.from_numpy(sample.audio_ids).long()[None],
-        audio_input_ids_mask=torch.ones(1, len(sample.audio_ids), dtype=torch.bool),
-        max_new_tokens=limit,
-        do_sample=False,
-        ras_win_len=None,  # repetition-aware sampling would draw at random
-    )[0, len(sample.audio_ids) :]
-    codes = codes_of_stream(generated.numpy(), stream)
-    frames = min(codes.shape[1], target.shape[1])
-    equal = (codes[:, :frames] == target[:, :frames]).mean()
-    stopped = "stopped by itself" if len(generated) < limit else "did not stop by itself"
-    print(f"said {conversation.messages[-2].texts[0]!r} and {stopped}")
-    print(f"{codes.shape[1]} frames, the recording has {target.shape[1]}; {100 * equal:.0f} % of its codes equal")
+    aside, rows = _set_aside(out), read_rows(settings.train_data_file[0], settings.format)
+    row = next(row.conversation for row in rows if row.number not in aside)
+    tokenize = PromptTokenizer(load_tokenizer(model_folder))
+
+    def codes(recording):
+        return cache.get(content_key(recording))
+
+    prompt = of_row(row, f"row {row.row}", Layout.of(settings), tokenize, stream_of(model.config), codes)
+    target, how = codes(prompt.target), generation_config(model_folder, model.config, temperature=0)
+    spoken = speak(model.eval(), prompt, how, max_frames=2 * target.shape[1], seed=settings.seed)
+    frames = min(spoken.frames, target.shape[1])
+    equal = (spoken.codes[:, :frames] == target[:, :frames]).mean()
+    print(f"said {prompt.text!r} and {'stopped by itself' if spoken.stopped else 'did not stop by itself'}")
+    print(f"{spoken.frames} frames, the recording has {target.shape[1]}; {100 * equal:.0f} % of its codes equal")
     wav = out / "spoken.wav"
     codec = Codec.load(settings.audio_tokenizer_path)
-    soundfile.write(wav, codec.decode(codes), codec.sampling_rate)
+    soundfile.write(wav, codec.decode(spoken.codes), codec.sampling_rate)
     return wav
 
 
+def _set_aside(out: Path) -> set[int]:
+    """Rows that the run has not been trained on, so that it cannot know them by heart."""
+    file = out / "validation_split.json"
+    if not file.is_file():
+        return set()
+    return {row for rows in json.loads(file.read_text())["evaluation_rows"].values() for row in rows}
+
+
 def _summary(out: Path, model: Path, wav: Path, seconds: float) -> None:
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]  # the others are evaluations
     first, last = steps[0], steps[-1]
     _title(f"the demo took {seconds:.0f} s")
     print(f"loss     {first['loss']:.3f} at step {first['step']} -> {last['loss']:.3f} at step {last['step']}")
@@ -136,6 +136,7 @@ def _summary(out: Path, model: Path, wav: Path, seconds: float) -> None:
         ("speech", wav),
         ("metrics", out / "metrics.jsonl"),
         ("settings", out / "config.yaml"),
+        ("report", out / "report.html"),
     ]:
         print(f"{name:<8} {path}")
     print("(codec and model are random, so what it has learnt to say is noise)")

@@ -43,18 +43,24 @@ class StepResult:
     """Left on the device; reading a number from it waits for the step.
 
     Attributes:
-        sums: fp32 [1 + C]; this process's sums of cross-entropies: text, then each codebook.
-        eos: fp32 [2]; of these the sum over audio targets that end a clip (EOS), and how many there are.
+        tallies: fp32 [1 + C + 1, 3]; of this process, for text, each codebook, and the audio targets that end a clip
+            (EOS): the sum of cross-entropies, how many targets were the most likely ones, and how many there are.
+        positions: that this process computed, padding included; known to the host.
         grad_norm: fp32 scalar, before clipping, of the whole model.
         skipped: fp32 scalar, 1 if the step was left out (engine/backends/guard.py), else 0.
         limit: fp32 scalar, above what the norm would have been a spike.
     """
 
-    sums: torch.Tensor
-    eos: torch.Tensor
+    tallies: torch.Tensor
+    positions: int
     grad_norm: torch.Tensor
     skipped: torch.Tensor
     limit: torch.Tensor
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """fp32 [1 + C]; sums of cross-entropies: text, then each codebook."""
+        return self.tallies[:-1, 0]
 
 
 class HiggsEngine:
@@ -132,10 +138,10 @@ class HiggsEngine:
 
     def train_step(self, batches: Iterable[PackedBatch], targets: Targets, learning_rate: float) -> StepResult:
         """One optimizer step over this process's micro-batches."""
-        sums = self._accumulate(batches, targets)
+        tallies, positions = self._accumulate(batches, targets)
         activity.current.enter("optimizer")
         norm, guard = self.backend.step(learning_rate), self.backend.guard
-        return StepResult(sums[:-2], sums[-2:], norm, guard.skipped, guard.limit)
+        return StepResult(tallies, positions, norm, guard.skipped, guard.limit)
 
     def accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> torch.Tensor:
         """Forward and backward of all micro-batches of a step; returns this process's sums (fp32 [1 + C]).
@@ -145,25 +151,28 @@ class HiggsEngine:
         Raises:
             ValueError: there are fewer or more batches than `rounds`.
         """
-        return self._accumulate(batches, targets)[:-2]
+        return self._accumulate(batches, targets)[0][:-1, 0]
 
-    def _accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> torch.Tensor:
-        """Returns fp32 [1 + C + 2]: `sums` and `eos` of a StepResult."""
-        weights, number = self._weights(targets), 0
-        total = torch.zeros(3 + self.config.num_codebooks, device=self.world.device)
+    def _no_tallies(self) -> torch.Tensor:
+        return torch.zeros(self.config.num_codebooks + 2, 3, device=self.world.device)
+
+    def _accumulate(self, batches: Iterable[PackedBatch], targets: Targets) -> tuple[torch.Tensor, int]:
+        """Returns `tallies` and `positions` of a StepResult."""
+        weights, total, number, positions = self._weights(targets), self._no_tallies(), 0, 0
         for number, batch in enumerate(batches, start=1):
             if number > self.rounds:
                 raise ValueError(f"more than {self.rounds} micro-batches for a step → make the engine with more rounds")
             activity.current.enter("forward")
-            loss, sums = self.backend.forward(batch.to(self.world.device), *weights)
+            positions += batch.tokens
+            loss, tallies = self.backend.forward(batch.to(self.world.device), *weights)
             activity.current.enter("backward")
             # the gradient of a loss that is not finite may be finite; the guard, which sees gradients, is to know
             sound = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
             self.backend.backward(loss * sound, last=number == self.rounds)
-            total += sums
+            total += tallies
         if number < self.rounds:  # the gradients of the step would never be put together
             raise ValueError(f"{number} of {self.rounds} micro-batches for a step → fill up with packing.empty_sample")
-        return total / self.settings.tensor_parallel_size
+        return total / self.settings.tensor_parallel_size, positions
 
     def _weights(self, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
         """What one text target and one target of each codebook count in the loss of a step."""
@@ -176,13 +185,8 @@ class HiggsEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[PackedBatch]) -> torch.Tensor:
-        """Sums of cross-entropies over this process's batches; every process needs as many batches.
-
-        Returns:
-            fp32 [1 + C + 2]: `sums` and `eos` of a StepResult.
-        """
-        weights = self._weights(Targets(1, (1,) * self.config.num_codebooks))
-        total = torch.zeros(3 + self.config.num_codebooks, device=self.world.device)
+        """`tallies` of a StepResult over this process's batches; every process needs as many batches."""
+        weights, total = self._weights(Targets(1, (1,) * self.config.num_codebooks)), self._no_tallies()
         self.backend.model.eval()
         for batch in batches:
             total += self.backend.forward(batch.to(self.world.device), *weights)[1]
@@ -198,6 +202,10 @@ class HiggsEngine:
         """This process's fragments of weights and optimizer (Backend.state); every process must ask."""
         return self.backend.state()
 
+    def parameter_shapes(self) -> dict[str, tuple[torch.Size, bool]]:
+        """Of every parameter its full shape, and whether it is trained."""
+        return {name: (self._shapes[name], p.requires_grad) for name, p in self.backend.model.named_parameters()}
+
     def stored_shapes(self) -> dict[str, list[int]]:
         """Full shape of every weight in `state`, by parameter name."""
         return {name: list(self._shapes[name]) for name, _ in self.backend.stored()}
@@ -212,6 +220,13 @@ class HiggsEngine:
         read_tensors(state, folder)
         self.backend.restored(state)
         self._require_finite_weights(CheckpointError, f"{folder}: it has weights", "resume from an earlier checkpoint")
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes the weights alone from a checkpoint, whatever part of them it trained. Raises as `load`."""
+        state = self.backend.state()
+        read_tensors(state, folder, weights_only=True)
+        self.backend.restored(state)
+        self._require_finite_weights(CheckpointError, f"{folder}: it has weights", "take an earlier checkpoint")
 
     def _require_finite_weights(self, kind: type[EngineError], heading: str, remedy: str) -> None:
         """Raises `kind` on all processes if a weight, trained or not, has a value that no step could mend."""

@@ -32,6 +32,7 @@ class RunCheckpoints:
     """
     Args:
         say: prints a line, on the main process.
+        published: told of the step and the folder of each checkpoint that is complete, on every process.
 
     Attributes:
         saver: which writes them.
@@ -39,8 +40,10 @@ class RunCheckpoints:
     """
 
     def __init__(
-        self, settings: Settings, world: World, data: RunData, engine: HiggsEngine, say: Callable[[str], None]
-    ):
+        self, settings: Settings, world: World, data: RunData, engine: HiggsEngine, say: Callable[[str], None],
+        published: Callable[[int, Path], None],
+    ):  # fmt: skip
+        self._published = published
         self.settings, self.world, self.data, self.engine, self._say = settings, world, data, engine, say
         self.output_dir, self.total = Path(settings.output_dir), data.plan.total_steps
         self.last_step = 0
@@ -113,9 +116,20 @@ class RunCheckpoints:
             stored = StoredWeights(folder, manifest)  # what has just been written, so it is known to be readable
             self.adapter = write_adapter(stored, folder / ADAPTERS, folder / "adapter_config.json", self.settings)
 
+    def leave(self) -> None:
+        """On the way out after an error: nobody else is told any more."""
+        self._published = lambda step, folder: None
+        self.saver.leave()
+
     def _saved(self, saved: Saved) -> None:
+        step = lifecycle.step_of(saved.folder)
+        if self.world.is_main:
+            self._write_state(saved, step)
+        self._published(step, saved.folder)
+
+    def _write_state(self, saved: Saved, step: int) -> None:
         state = {
-            "step": lifecycle.step_of(saved.folder),
+            "step": step,
             "total_steps": self.total,
             "latest": saved.folder.name,
             "best": lifecycle.pointer(self.output_dir, "best"),
@@ -133,13 +147,18 @@ class RunCheckpoints:
             self._say(f"note: {warning}")
 
     def hand_over(self) -> None:
-        """Final weights from the final checkpoint, so that what is handed over is what can be read back."""
+        """Final weights from a checkpoint, so that what is handed over is what can be read back.
+
+        It is the last one; the best one where the run was to watch for that (`early_stopping_patience`).
+        """
+        best = lifecycle.pointer(self.output_dir, "best") if self.settings.early_stopping_patience else None
+        chosen = best or f"checkpoint-{self.last_step}"
         out = self.output_dir / (ADAPTERS if self.settings.use_lora else "model")
         error = None
         try:
             if self.world.is_main:
-                consolidate(self.output_dir / f"checkpoint-{self.total}", out)
-                self._say(f"done: {out}")
+                consolidate(self.output_dir / chosen, out)
+                self._say(f"done: {out}" + (f" (of {chosen}, the best)" if best else ""))
                 self._say(_next_command(self.settings, out))
         except Exception as failure:
             error = failure

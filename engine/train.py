@@ -3,36 +3,43 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from transformers.utils import logging as transformers_log
 
+from engine import callbacks
 from engine.checkpoint import lifecycle
 from engine.checkpoint.manifest import load_manifest
 from engine.config import Settings, prepare_output_dir
 from engine.data.batches import Step
-from engine.data.encoder import FRAMES_PER_SECOND
 from engine.data.packing import PackedBatch
 from engine.doctor.preflight import preflight, require
 from engine.errors import CheckpointError
+from engine.evaluate.sampler import Sampler
 from engine.exit_codes import DONE, STOPPED
 from engine.higgs_engine import HiggsEngine
 from engine.model.weights import WeightFiles
+from engine.observe import communication
+from engine.observe.early_stopping import EarlyStopping
 from engine.observe.health import Health
-from engine.observe.metrics import Meter, MetricsFile, eos_loss, losses
-from engine.observe.progress import Progress, format_step
+from engine.observe.metrics import Meter, MetricsFile
+from engine.observe.profiling import Profiler
+from engine.observe.progress import Progress
+from engine.observe.provenance import Provenance
+from engine.observe.shares import TimeShares
 from engine.observe.stragglers import Stragglers
+from engine.observe.trackers import Trackers
+from engine.on_all_processes import on_all_processes
 from engine.plan.activations import Row, longest_row
 from engine.run_checkpoints import RunCheckpoints
 from engine.run_data import RunData
 from engine.runtime import activity, garbage
-from engine.runtime.distributed import World, init_process_group, raise_together, shutdown
-from engine.runtime.faults import in_words
+from engine.runtime.distributed import World, raise_together
 from engine.runtime.signals import Response, StopRequests, StopVote
-from engine.runtime.watchdog import GOES_FIRST_S, Watchdog
+from engine.runtime.watchdog import GOES_FIRST_S
 from engine.schedule import learning_rate
 
 RESTART = "HIGGS_ENGINE_RESTART"
@@ -45,19 +52,7 @@ def train(settings: Settings) -> int:
     Returns:
         The exit code: the run is complete, or was asked to stop and can be resumed (engine/exit_codes.py).
     """
-    transformers_log.disable_progress_bar()
-    world = init_process_group(settings.timeout_s + GOES_FIRST_S)
-    stop = StopRequests(settings.max_train_hours)
-    watchdog = Watchdog(world, settings.timeout_s, Path(settings.output_dir) / "stacks")
-    with stop.listening():
-        try:
-            with watchdog.watching():
-                code = _train(settings, world, stop)
-        except Exception as error:
-            stop.response = Response.NONE
-            raise_together(world, in_words(error, watchdog.beats))
-    shutdown(world)
-    return code
+    return on_all_processes(settings, lambda world, stop: _train(settings, world, stop))
 
 
 def _train(settings: Settings, world: World, stop: StopRequests) -> int:
@@ -91,22 +86,32 @@ class Run:
         self.settings, self.world, self.checkpoint = settings, world, checkpoint
         self.output_dir = Path(settings.output_dir)
         self.progress = Progress(world)
-        say = self.progress.say
         self._prepare_output()
+        self.callbacks = self._callbacks()
         # dropout differs between processes, but not between those that compute the same
         torch.manual_seed(settings.seed + world.rank // settings.tensor_parallel_size)
 
         files = WeightFiles(settings.model_path)
         activity.current.outside("reading the data")
-        self.data = RunData(settings, world, files, reuse=checkpoint is not None, say=say)
+        self.data = RunData(settings, world, files, reuse=checkpoint is not None, say=self.say)
         self.total = self.data.plan.total_steps
         row = Row.of(self.data.train, longest_row(self.data.train.lengths, settings))
         activity.current.outside("loading the model")
         self.engine = HiggsEngine(settings, world, files, self.data.rounds, row)
-        self.checkpoints = RunCheckpoints(settings, world, self.data, self.engine, say)
+        self.checkpoints = RunCheckpoints(settings, world, self.data, self.engine, self.say, self._published)
+        self.why_stop: str | None = None
         backend = f"backend: {settings.backend}, {self.engine.backend.precision}; attention: {self.engine.attention}"
-        for line in (*self.engine.summary, backend, *self.data.describe()):
-            say(line)
+        self.summary = [*self.engine.summary, backend, *self.data.describe()]
+        for line in self.summary:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints it, on the main process."""
+        self.progress.say(line)
+
+    def ask_to_stop(self, why: str) -> None:
+        """The run ends after this step as if it were complete. All processes have to ask."""
+        self.why_stop = self.why_stop or why
 
     def _prepare_output(self) -> None:
         error = None
@@ -122,27 +127,46 @@ class Run:
             error = failure
         raise_together(self.world, error)
 
+    def _callbacks(self) -> callbacks.Callbacks:
+        """The user's first: what they add to the metrics, ours write down."""
+        settings, error, members = self.settings, None, []
+        try:
+            members = callbacks.load(settings.callbacks)
+            members += [self.progress, Stragglers(), Provenance(), MetricsFile(), Trackers(settings, self.world)]
+            if settings.early_stopping_patience is not None:
+                members.append(EarlyStopping(settings.early_stopping_patience))
+            if settings.sample_every is not None:
+                members.append(Sampler())
+            if settings.profile_steps is not None:
+                members.append(Profiler())
+        except Exception as failure:
+            error = failure
+        raise_together(self.world, error)
+        return callbacks.Callbacks(members)
+
     def execute(self, stop: StopRequests) -> int:
         """Resumes if there is a checkpoint, trains to the end or until `stop`; returns the exit code."""
-        settings, say = self.settings, self.progress.say
+        settings = self.settings
         found = self.checkpoints.resume(self.checkpoint) if self.checkpoint else None
-        start, tokens_seen = (found.step, found.tokens_seen) if found else (0, 0)
-        self.meter = Meter(settings, self.world, self.data.train.codebooks, tokens_seen)
-        self.stragglers = Stragglers(self.world)
-        self.health = Health(settings, self.engine, self.data.train, self.data.again, say, resumed_step=start)
+        start = found.step if found else 0
+        recomputed = self.engine.checkpointing == "full"
+        seen = self.data.size_before(start)
+        self.meter = Meter(settings, self.world, self.engine.config, recomputed, seen, self.total)
+        self.health = Health(settings, self.engine, self.data.train, self.data.again, self.say, resumed_step=start)
         if self.world.is_main:
             settings.to_yaml(self.output_dir / "config.yaml")
-            self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", start)
-        self.progress.start(start, self.total)
-        try:
-            code = self._steps(start, stop)
-            self.checkpoints.saver.finish()
-        except BaseException:
-            self.checkpoints.saver.leave()
-            raise
-        self.progress.stop()
-        if code == DONE:
-            self.checkpoints.hand_over()
+        with closing(self.callbacks):
+            try:
+                self.callbacks.on_start(self, start)
+                code = self._steps(start, stop)
+                self.checkpoints.saver.finish()
+            except BaseException:
+                self.checkpoints.leave()
+                raise
+            self.progress.close()  # what follows draws bars of its own
+            if code == DONE:
+                self.checkpoints.hand_over()
+            self.callbacks.on_end(self, self.checkpoints.last_step, code)
         return code
 
     def _steps(self, start: int, stop: StopRequests) -> int:
@@ -150,12 +174,17 @@ class Run:
         vote = StopVote(stop, self.world, timedelta(seconds=self.settings.timeout_s + GOES_FIRST_S))
         stop.response = Response.SAVE
         code = DONE
-        with garbage.at_chosen_steps() as collect:
+        clock = communication.measured(self.world, self.settings.logging_steps)
+        with garbage.at_chosen_steps() as collect, clock as communicated:
+            self.shares = TimeShares(self.world, communicated)
             for step in self.data.plan.steps(start):
                 activity.current.enter("between steps", step.number + 1)
                 self.checkpoints.saver.poll()
                 self._step(step, batches)
                 collect(step.number)
+                if self.why_stop:
+                    self.say(f"ends after step {step.number + 1} of {self.total}: {self.why_stop}")
+                    break
                 if code := vote.after_step():
                     self._stop(step, code)
                     break
@@ -169,50 +198,60 @@ class Run:
         done = step.number + 1
         why = "a signal asked for it" if code == STOPPED else f"max_train_hours ({self.settings.max_train_hours:g})"
         if self.checkpoints.last_step != done:
-            self.checkpoints.save(done, step.epoch, self.meter.tokens_seen, eval_loss=None)
-        self.progress.say(f"stopped after step {done} of {self.total}: {why}; go on with --resume auto")
+            self._save(step, eval_loss=None)
+        self.say(f"stopped after step {done} of {self.total}: {why}; go on with --resume auto")
 
     def _step(self, step: Step, batches: Iterator[PackedBatch]) -> None:
-        settings, data, done = self.settings, self.data, step.number + 1
-        rate, targets = learning_rate(settings, step.number, self.total), data.targets(step)
-        result = self.engine.train_step(data.share(step, batches), targets, rate)
-        self.meter.add(result, targets, data.tokens(step), data.audio_frames(step) / FRAMES_PER_SECOND)
+        settings, done, size = self.settings, step.number + 1, self.data.size(step)
+        rate = learning_rate(settings, step.number, self.total)
+        result = self.engine.train_step(self.data.share(step, batches), size.targets, rate)
+        self.meter.add(result, size)
         self.health.add(step, rate, result)
-        self.progress.step()
-        last = done == self.total
-        if done == 1 or done % settings.logging_steps == 0 or last:
-            self._log(done, step.epoch, rate)
-        eval_loss = None
-        if data.held_out is not None and (done % settings.eval_steps == 0 or last):
+        self.callbacks.on_step(self, done, result)
+        if done == 1 or done % settings.logging_steps == 0 or self._is_last(done):
+            self._log(step, rate)
+        eval_loss = better = None
+        if self.data.held_out is not None and (done % settings.eval_steps == 0 or self._is_last(done)):
             eval_loss = self._evaluate(done)
-        if last or done % settings.save_steps == 0 and self.health.may_save():
-            self.checkpoints.save(done, step.epoch, self.meter.tokens_seen, eval_loss)
+            better = self._is_best(done)
+        if self._is_last(done) or (better or done % settings.save_steps == 0) and self.health.may_save():
+            self._save(step, eval_loss)
 
-    def _log(self, done: int, epoch: int, rate: float) -> None:
+    def _is_last(self, done: int) -> bool:
+        return done == self.total or self.why_stop is not None
+
+    def _is_best(self, done: int) -> bool:
+        """Whether to keep these weights, where the run hands over its best ones."""
+        return any(isinstance(member, EarlyStopping) and member.best_step == done for member in self.callbacks.members)
+
+    def _log(self, step: Step, rate: float) -> None:
         activity.current.enter("log")
-        steps, values = self.meter.steps, self.meter.read()
-        for line in self.stragglers.report(steps, values["seconds_per_step"]):
-            self.progress.say(line)
-        values = {"step": done, "epoch": epoch, "learning_rate": rate} | self.health.report() | values
-        if self.world.is_main:
-            self.metrics.write(values | self.health.alarm(values))
-            self.progress.say(format_step(values, self.total))
-        self.health.require_progress()
+        steps = self.meter.steps
+        values = self.meter.read(step.number + 1)
+        with self.meter.paused():
+            values |= self.shares.read(steps * values["seconds_per_step"], steps)
+            values = {"step": step.number + 1, "epoch": step.epochs_done, "learning_rate": rate} | values
+            values |= self.health.report()
+            values |= self.health.alarm(values)
+            self.callbacks.on_log(self, step.number + 1, values)
+            self.health.require_progress()
 
     def _evaluate(self, done: int) -> float | None:
         """The loss on the held-out data, the same on all processes; None if it is not finite."""
-        activity.current.enter("evaluate")
-        sums = self.engine.evaluate(self.data.held_out_batches())
-        if self.world.size > 1:
-            torch.distributed.all_reduce(sums)
-        *sums, eos, eos_targets = sums.tolist()
-        targets = self.data.held_out_targets()
-        values = losses(sums, targets.text, targets.codebooks, self.settings) | eos_loss(eos, eos_targets)
-        if not math.isfinite(values["loss"]):
-            self.progress.say(f"step {done}/{self.total} | eval loss is not finite")
-            return None
-        if self.world.is_main:
-            alarm = self.health.alarm_held_out(values, targets.codebooks[0])
-            self.metrics.write({"step": done} | {f"eval_{name}": value for name, value in values.items()} | alarm)
-            self.progress.say(f"step {done}/{self.total} | eval loss {values['loss']:.4f}")
-        return values["loss"]
+        with self.meter.paused():
+            activity.current.enter("evaluate")
+            held_out = self.data.held_out
+            values = {"step": done} | held_out.evaluate(self.engine)
+            if not math.isfinite(values["loss"]):
+                self.say(f"step {done}/{self.total} | eval loss is not finite")
+                return None
+            values |= self.health.alarm_held_out(values, held_out.targets.codebooks[0])
+            self.callbacks.on_evaluate(self, done, values)
+            return values["loss"]
+
+    def _save(self, step: Step, eval_loss: float | None) -> None:
+        with self.meter.paused():
+            self.checkpoints.save(step.number + 1, step.epoch, self.meter.tokens_seen, eval_loss)
+
+    def _published(self, step: int, folder: Path) -> None:
+        self.callbacks.on_save(self, step, folder)

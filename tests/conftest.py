@@ -19,6 +19,12 @@ hypothesis.settings.register_profile("engine", deadline=None)  # how long an exa
 hypothesis.settings.load_profile("engine")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: several run at a time, and the longest must not be the last that is begun."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def leave_the_run():
     """A run that failed in the test's own process must not make workers of what later tests start."""

@@ -14,5 +14,5 @@ everything=tests
 for word in "$@"; do
     [[ -e "${word%%::*}" ]] && everything=
 done
-# two tests at a time; those of a file stay together, for they share what it has set up
-exec "$PYTHON" -m pytest -q -n 2 --dist loadfile $everything "$@"
+# two tests at a time; those of a file stay together, for they share what it has set up; order: tests/conftest.py
+exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $everything "$@"

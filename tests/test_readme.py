@@ -11,7 +11,7 @@ from tests.processes import ROOT
 README = (ROOT / "README.md").read_text()
 OTHER_FLAGS = {"help", "setting", "config", "recordings", "out", "local-dir", "nproc_per_node", "nnodes"}
 OTHER_FLAGS |= {"report", "show", "to", "no-freeze_audio_tower", "tensors", "path", "format", "compare_models"}
-OTHER_FLAGS |= {"gpus", "gpu_memory", "nodes", "dry_run"}
+OTHER_FLAGS |= {"gpus", "gpu_memory", "nodes", "dry_run", "text"}
 MERGE_FLAGS = {"base_model_path", "lora_adapter_path", "output_path"}
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from engine import run_data
+from engine import rows
 from engine.cli import main
 from engine.exit_codes import DIVERGED
 from tests.checkpoint.test_resume import command
@@ -38,13 +38,13 @@ def test_a_resumed_run_reads_no_data_of_the_steps_done(demo, tmp_path, monkeypat
         "logging_steps": 1, "dataloader_num_workers": 0,
     }  # fmt: skip
     asked: list[list[tuple[int, ...]]] = []
-    real = run_data.packed_batches
+    real = rows.packed_batches
 
     def recorded(data, micro_batches, **options):
         asked.append(list(micro_batches))
         return real(data, asked[-1], **options)
 
-    monkeypatch.setattr(run_data, "packed_batches", recorded)
+    monkeypatch.setattr(rows, "packed_batches", recorded)
     done("train", "--drop_long_samples", **run, max_steps=4)
     shutil.rmtree(tmp_path / "checkpoint-4")
     said = done("train", "--drop_long_samples", **run, max_steps=4, resume="auto")

@@ -65,7 +65,7 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and sums of one micro-batch (PackedHiggsAudio.forward)."""
+        """Loss and tallies of one micro-batch (PackedHiggsAudio.forward)."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -86,6 +86,18 @@ class Backend(ABC):
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full fp32 gradient of every trained parameter, after the last backward and before `step`."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each process has every weight whole, and may call `model` in transformers' way by itself."""
+        return True
+
+    def full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight, trained or not, whole and rounded to `dtype`, in memory until the next one is asked for.
+
+        A collective: every process must ask for all of them.
+        """
+        return ((name, parameter.detach().to(dtype)) for name, parameter in self.model.named_parameters())
 
     def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This process's part of every weight, trained or not, one-dimensional."""

@@ -16,6 +16,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import groups as process_groups
 from deepspeed.utils import safe_get_full_grad
 
@@ -239,6 +240,20 @@ class DeepSpeedBackend(Backend):
                 yield name, self.cuts.whole(name, gradient.view(parameter.shape))
             else:
                 yield name, gradient.view(self.shapes[name])
+
+    @property
+    def is_whole(self) -> bool:
+        return self.stage < 3 and self.cuts is None
+
+    def full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if self.cuts:
+                yield name, self.cuts.whole(name, parameter.detach()).to(dtype)
+            elif self.stage < 3 or parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones always are
+                yield name, parameter.detach().to(dtype)
+            else:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.detach().to(dtype)
 
     def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, weight_of(p, p.numel()).local) for name, p in self.model.named_parameters())

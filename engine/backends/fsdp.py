@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from engine.backends.base import Blueprint
@@ -78,6 +78,17 @@ class FSDPBackend(TorchBackend):
             _first_row(tensor) * (tensor.numel() // tensor.shape[0]),
             tensor.numel(),
         )
+
+    @property
+    def is_whole(self) -> bool:
+        return False
+
+    def full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation without fsdp_reshard_after_forward leaves it whole
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach().to(dtype).full_tensor()
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, p.grad.full_tensor()) for name, p in self.model.named_parameters() if p.requires_grad)

@@ -14,7 +14,7 @@ resharding lets any number of processes of any backend, or a single one without 
 import contextlib
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,7 +22,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import default_planner, filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -81,21 +87,31 @@ def write_tensors(state: State, folder: Path, group=None) -> None:
         )
 
 
-def read_tensors(state: State, folder: Path) -> None:
+def weights_of(keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that are weights, and nothing of the optimizer's."""
+    return [key for key in keys if key.startswith("model.")]
+
+
+def read_tensors(state: State, folder: Path, weights_only: bool = False) -> None:
     """Fills the fragments from a checkpoint that any number of processes wrote; each process reads for itself.
+
+    Args:
+        weights_only: leave the optimizer's fragments as they are, whatever the checkpoint has of them.
 
     Raises:
         CheckpointError: files that cannot be read, tensors that are missing or have another size; all are named.
     """
     reader = Reader(folder)
     stored = reader.metadata.state_dict_metadata
+    if weights_only:
+        state, stored = ({key: part[key] for key in weights_of(part)} for part in (state, stored))
     state = {key: fragment for key, fragment in state.items() if key in stored or key != GUARD}
-    _require_fit(state, reader.metadata, folder)
+    _require_fit(state, stored, folder)
     reader.fill(state)
 
 
-def _require_fit(state: State, stored: Metadata, folder: Path) -> None:
-    sizes = {key: entry.size.numel() for key, entry in stored.state_dict_metadata.items()}
+def _require_fit(state: State, stored: Mapping[str, TensorStorageMetadata], folder: Path) -> None:
+    sizes = {key: entry.size.numel() for key, entry in stored.items()}
     problems = [f"{key} is not in it" for key in state if key not in sizes]
     problems += [f"{key} has no place in this run's model" for key in sizes if key not in state]
     problems += [

@@ -56,7 +56,7 @@ class Saver:
         limit, keep_every: which checkpoints stay (lifecycle.prune).
         background: write while training goes on.
         say: prints a line, on the main process.
-        done: told of each checkpoint published, on the main process, between two steps.
+        done: told of each checkpoint published, on every process, between two steps.
 
     Attributes:
         waited: seconds for which the last save kept training waiting.
@@ -141,15 +141,14 @@ class Saver:
         outcome, self._under_way = self._under_way.result(), None
         if isinstance(outcome, Exception):
             self._say(f"NOT SAVED: {outcome}")
-        elif self.world.is_main:
+        else:
             self._done(outcome)
 
     def _settle(self, outcome: "Saved | EngineError") -> None:
         """What a finished save means for the run; all processes have the same outcome."""
         if not isinstance(outcome, Exception):
             self._failures = 0
-            if self.world.is_main:
-                self._done(outcome)
+            self._done(outcome)
             return
         self._failures += 1
         if self._failures > 1:

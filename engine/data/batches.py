@@ -31,11 +31,15 @@ MicroBatch = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its number over the whole run, its epoch, and its micro-batches over all processes."""
+    """One optimizer step: its number over the whole run, its epoch, and its micro-batches over all processes.
+
+    `epochs_done`: passes over the data that lie behind it, itself included.
+    """
 
     number: int
     epoch: int
     micro_batches: tuple[MicroBatch, ...]
+    epochs_done: float = 0.0
 
     def share(self, rank: int, world_size: int, rounds: int) -> list[MicroBatch]:
         """The `rounds` micro-batches of one process; an empty one stands where the step has none left."""
@@ -65,6 +69,10 @@ class _Steps(Sequence):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
+
+    def samples(self, number: int) -> np.ndarray:
+        """int64; of the first `number` steps, in their order."""
+        return self._samples[: self._starts[min(number * self._firsts.step, len(self._starts) - 1)]]
 
 
 class BatchPlan:
@@ -149,11 +157,19 @@ class BatchPlan:
             return self.max_steps
         return sum(len(self.epoch(e)) for e in range(self.epochs))
 
+    def samples_before(self, start: int) -> Iterator[np.ndarray]:
+        """int64; samples of the steps before number `start`, an array for each epoch."""
+        epoch = 0
+        while start > 0:
+            steps = self.epoch(epoch)
+            yield steps.samples(min(start, len(steps)))
+            start, epoch = start - len(steps), epoch + 1
+
     def steps(self, start: int = 0) -> Iterator[Step]:
         """Steps from number `start` (counted from 0) to the end of the run."""
         first, epoch, total = 0, 0, self.total_steps
         while first < total:
             steps = self.epoch(epoch)
             for i in range(max(0, start - first), min(len(steps), total - first)):
-                yield Step(first + i, epoch, steps[i])
+                yield Step(first + i, epoch, steps[i], epochs_done=epoch + (i + 1) / len(steps))
             first, epoch = first + len(steps), epoch + 1

@@ -85,10 +85,25 @@ def step_flops(
         adapters: LoRA parameters that one position runs (active_adapters); None where every weight is trained.
         recomputed: whether the backward runs the forward of every layer again, as activation checkpointing does.
     """
-    parameters, positions = Parameters.of(config), sum(sample_lengths)
+    squares = sum(length**2 for length in sample_lengths)
+    return flops_of_sums(
+        config, sum(sample_lengths), squares, text_targets, audio_target_rows, adapters=adapters, recomputed=recomputed
+    )
+
+
+def flops_of_sums(
+    config: HiggsAudioV2Config,
+    positions: int,
+    squares: int,
+    text_targets: int,
+    audio_target_rows: int,
+    adapters: int | None = None,
+    recomputed: bool = False,
+) -> int:
+    """`step_flops` from the sum of the sample lengths and that of their squares; of any number of steps."""
+    parameters = Parameters.of(config)
     matmuls = parameters.active * positions
     heads = parameters.text_head * text_targets + parameters.audio_head * audio_target_rows
-    squares = sum(length**2 for length in sample_lengths)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squares
     again = 2 * (matmuls + (adapters or 0) * positions) + attention // 3 if recomputed else 0
     if adapters is None:

@@ -6,6 +6,8 @@ of the weight) are kept for the backward. Rows that fit one chunk and are fewer 
 gradient of their logits instead, which is smaller than the weight's: the usual case of text, whose targets are few.
 The eight codebooks run as one matrix product of 8 x 1026 columns.
 
+Besides, each target is a question answered rightly or not: the most likely token is at hand while the logits are.
+
 Sums, not means: the caller divides by the targets of the whole optimizer step (Contract 5), so that splitting a
 step over ranks or micro-batches changes nothing. Zero rows are fine and give zero gradients, never None or NaN.
 """
@@ -26,8 +28,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         wait = need_weight and rows <= min(CHUNK_ROWS, weight.shape[1])
         grad_weight = None
-        sums = torch.zeros(groups if marked is None else groups + 2, dtype=torch.float32, device=hidden.device)
-        gradient = sums.new_empty(0, groups * width)
+        tallies = torch.zeros(groups + (marked is not None), 3, dtype=torch.float32, device=hidden.device)
+        gradient = tallies.new_empty(0, groups * width)
         for start in range(0, rows, CHUNK_ROWS):
             part, target = hidden[start : start + CHUNK_ROWS], targets[start : start + CHUNK_ROWS]
             logits = (part @ weight.t()).float().view(-1, groups, width)
@@ -35,10 +37,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = target.clamp(min=0).unsqueeze(-1)
             normaliser = logits.logsumexp(-1)
             losses = normaliser - logits.gather(-1, index).squeeze(-1)
-            sums[:groups] += (losses * labelled).sum(0)
+            counts = torch.stack([losses, logits.argmax(-1) == target, labelled.float()], -1)  # [rows, groups, 3]
+            tallies[:groups] += (counts * labelled.unsqueeze(-1)).sum(0)
             if marked is not None:
-                there = target == marked
-                sums[groups:] += torch.stack([(losses * there).sum(), there.sum()])
+                tallies[groups] += (counts * (target == marked).unsqueeze(-1)).sum((0, 1))
             if not (need_hidden or need_weight):
                 continue
             # gradient of the weighted sum: (softmax - one_hot) * weight of the group, written over the logits
@@ -54,8 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.gradients = grad_hidden, grad_weight
         ctx.waiting = (gradient, hidden) if wait else None
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(sums)
-        return (sums[:groups] * group_weights).sum(), sums
+        ctx.mark_non_differentiable(tallies)
+        return (tallies[:groups, 0] * group_weights).sum(), tallies
 
     @staticmethod
     def backward(ctx, grad_loss, _):
@@ -95,8 +97,9 @@ def linear_cross_entropy(
         marked: a target that is looked at on its own, in all groups.
 
     Returns:
-        The weighted sum (differentiable, fp32 scalar) and the unweighted sum of each group (fp32 [groups]); behind
-        these, if a target is marked, the sum over such targets, and their number.
+        The weighted sum (differentiable, fp32 scalar), and a tally of each group (fp32 [groups, 3]): the plain sum of
+        cross-entropies, how many targets the logits say themselves (their largest, the first of equals), and how many
+        there are. If a target is marked, another row tallies those.
     """
     # a Function is told which inputs require gradients, also where nobody will ask for any
     return _LinearCrossEntropy.apply(hidden, weight, targets, group_weights, torch.is_grad_enabled(), marked)
@@ -108,7 +111,7 @@ class LossHead(nn.Linear):
     An existing `nn.Linear` becomes one by `head.__class__ = LossHead`; called without targets it stays linear.
 
     Attributes:
-        marked: as in `linear_cross_entropy`; set it on a head whose sums should have two entries more.
+        marked: as in `linear_cross_entropy`; set it on a head whose tallies should have that row.
     """
 
     marked: int | None = None

@@ -142,7 +142,7 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
             codebook_weights: fp32 [C], likewise for each codebook.
 
         Returns:
-            The weighted loss (fp32 scalar), and the plain sums of cross-entropies, fp32 [1 + C]: text, codebooks.
+            The weighted loss (fp32 scalar), and the tallies of loss.py, fp32 [1 + C, 3]: text, codebooks.
         """
         if not isinstance(batch, PackedBatch):
             return super().forward(**({} if batch is None else {"input_ids": batch}), **native)
@@ -150,9 +150,9 @@ class PackedHiggsAudio(HiggsAudioV2ForConditionalGeneration):
         targets = torch.cat([batch.text_target_rows, batch.audio_target_rows])
         hidden = self.model.norm(hidden.index_select(0, targets))
         for_text, for_audio = hidden.split([len(batch.text_target_rows), len(batch.audio_target_rows)])
-        text_loss, text_sum = self.text_lm_head(for_text, batch.text_targets[:, None], text_weight)
-        audio_loss, audio_sums = self.audio_lm_head(for_audio, batch.audio_targets, codebook_weights)
-        return text_loss + audio_loss, torch.cat([text_sum, audio_sums])
+        text_loss, text_tally = self.text_lm_head(for_text, batch.text_targets[:, None], text_weight)
+        audio_loss, audio_tallies = self.audio_lm_head(for_audio, batch.audio_targets, codebook_weights)
+        return text_loss + audio_loss, torch.cat([text_tally, audio_tallies])
 
     def _hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Hidden states of the last layer, not yet normed: [T, H] in modality order."""

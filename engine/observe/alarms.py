@@ -110,7 +110,7 @@ class Alarms:
         if values["step"] > self.warmup_steps:
             self._seen = {name: seen + values[name] for name, seen in self._seen.items()}
         found = dict(not_learning(values, self.sizes, self._seen))
-        if values["epoch"] == 0 and not self.repeats:
+        if values["epoch"] <= 1 and not self.repeats:
             found |= dict(leaking(values["codebook_losses"], values["audio_targets"], "the first epoch"))
         return self._new("training", found)
 

@@ -1,119 +1,223 @@
 """What is measured while training, and `metrics.jsonl`: one line a logged step, always.
 
-Sums of cross-entropies stay on the device; numbers are read (which waits for the GPU) only at a logged step.
-Losses are means over all targets since the last logged step, over all processes, but for those of skipped steps.
+Tallies stay on the device; numbers are read (which waits for the GPU) only at a logged step. Losses and accuracies
+are means over all targets since the last logged step, over all processes, but for those of skipped steps. What the
+names mean: engine/observe/schema.py.
 """
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import HiggsAudioV2Config
 
+from engine.callbacks import Callback
 from engine.checkpoint.manifest import write_atomically
 from engine.config import Settings
+from engine.data.encoder import FRAMES_PER_SECOND
 from engine.higgs_engine import StepResult, Targets
+from engine.model.flops import active_adapters, flops_of_sums, peak_flops
 from engine.runtime.distributed import World
+from engine.step_size import StepSize, total
+
+LOSS, RIGHT, COUNT = range(3)
+"""Columns of the tallies."""
 
 
-def losses(sums: list[float], text_targets: int, audio_targets: Iterable[int], settings: Settings) -> dict:
-    """Mean losses from sums over all processes.
+def head_metrics(tallies: list[list[float]], targets: Targets, settings: Settings) -> dict:
+    """Losses and accuracies from tallies over all processes.
 
     Args:
-        sums: [1 + C]: text, then each codebook.
+        tallies: [1 + C + 1, 3]: text, each codebook, ends of clips (StepResult).
+        targets: behind them; exact where counts in floating point might not be.
 
     Returns:
-        loss (as it is minimised), text_loss, audio_loss (weighted mean of codebooks), codebook_losses. A loss
-        without any target is None, and counts nothing in `loss`.
+        loss (as it is minimised); text_loss, audio_loss (weighted mean of codebooks), codebook_losses, eos_loss; the
+        same of accuracies; eos_targets. What has no target is None, and counts nothing in `loss`.
     """
-    text = sums[0] / text_targets if text_targets else None
-    books = [s / n if n else None for s, n in zip(sums[1:], audio_targets, strict=True)]
-    weights = settings.codebook_weights or [1.0] * len(books)
-    audio = sum(w * b for w, b in zip(weights, books, strict=True) if b is not None) / sum(weights)
-    audio = None if all(b is None for b in books) else audio
-    total = settings.text_loss_weight * (text or 0.0) + settings.audio_loss_weight * (audio or 0.0)
-    return {"loss": total, "text_loss": text, "audio_loss": audio, "codebook_losses": books}
+    text, *books, eos = tallies
+    values = {"loss": None}
+    for kind, column in (("loss", LOSS), ("accuracy", RIGHT)):
+        each = [_ratio(book[column], n) for book, n in zip(books, targets.codebooks, strict=True)]
+        values |= {
+            f"text_{kind}": _ratio(text[column], targets.text),
+            f"audio_{kind}": _weighted_mean(each, settings.codebook_weights),
+            {"loss": "codebook_losses", "accuracy": "codebook_accuracies"}[kind]: each,
+            f"eos_{kind}": _ratio(eos[column], eos[COUNT]),
+        }
+    text_loss, audio_loss = values["text_loss"] or 0.0, values["audio_loss"] or 0.0
+    values["loss"] = settings.text_loss_weight * text_loss + settings.audio_loss_weight * audio_loss
+    return values | {"eos_targets": round(eos[COUNT])}
 
 
-def eos_loss(total: float, targets: float) -> dict:
-    """Mean loss over the audio targets that end a clip, from their sum and number; None without any."""
-    return {"eos_loss": total / targets if targets else None, "eos_targets": round(targets)}
+def _ratio(amount: float, count: float) -> float | None:
+    return amount / count if count else None
+
+
+def _weighted_mean(values: list[float | None], weights: list[float] | None) -> float | None:
+    """Of those that are known; the weights of the others count nothing, as in the loss that is minimised."""
+    weights = weights or [1.0] * len(values)
+    if all(value is None for value in values):
+        return None
+    return sum(w * v for w, v in zip(weights, values, strict=True) if v is not None) / sum(weights)
 
 
 class Meter:
     """Adds up steps until the next logged one.
 
     Args:
-        tokens_seen: of the run so far (from the checkpoint, when resumed).
+        config: of the model, for its FLOPs.
+        recomputed: whether the backward runs each layer's forward again.
+        seen: of the run so far, when resumed.
+        total_steps: of the whole run.
     """
 
-    def __init__(self, settings: Settings, world: World, codebooks: int, tokens_seen: int = 0):
-        self.settings, self.world, self.codebooks = settings, world, codebooks
-        self.tokens_seen = tokens_seen
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        config: HiggsAudioV2Config,
+        recomputed: bool,
+        seen: StepSize,
+        total_steps: int,
+    ):
+        self.settings, self.world, self.config, self.recomputed = settings, world, config, recomputed
+        self.seen, self._total_steps = seen, total_steps
+        on_gpu = world.device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if on_gpu else None
         self._reset()
 
     def _reset(self) -> None:
-        self.sums = torch.zeros(3 + self.codebooks, device=self.world.device)
-        self.targets: list[Targets] = []
-        self.verdicts: list[torch.Tensor] = []
-        self.tokens = self.steps = 0
-        self.audio_seconds = 0.0
-        self.started = time.perf_counter()
+        self._tallies = torch.zeros(self.config.num_codebooks + 2, 3, dtype=torch.float64, device=self.world.device)
+        self._sizes: list[StepSize] = []
+        self._verdicts: list[torch.Tensor] = []
+        self._positions = 0
+        self._started, self._paused = time.perf_counter(), 0.0
 
-    def add(self, result: StepResult, targets: Targets, tokens: int, audio_seconds: float) -> None:
+    @property
+    def steps(self) -> int:
+        """Since the last reading."""
+        return len(self._sizes)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Of the run so far, up to the step added last."""
+        return self.seen.tokens + sum(size.tokens for size in self._sizes)
+
+    def add(self, result: StepResult, size: StepSize) -> None:
         # what is skipped is left out without a look at it: its sums may be no numbers
-        self.sums += torch.where(result.skipped > 0, 0.0, torch.cat([result.sums, result.eos]))
-        self.targets.append(targets)
-        self.verdicts.append(torch.stack([result.skipped, result.grad_norm]))
-        self.tokens += tokens
-        self.tokens_seen += tokens
-        self.audio_seconds += audio_seconds
-        self.steps += 1
+        self._tallies += torch.where(result.skipped > 0, 0.0, result.tallies)
+        self._verdicts.append(torch.stack([result.skipped, result.grad_norm]))
+        self._sizes.append(size)
+        self._positions += result.positions
 
-    def read(self) -> dict:
-        """Metrics since the last reading, `grad_norm` of the last step that counted; every process must ask."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile (an evaluation, a save, ...) takes no time of the steps. Waits for the device."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def read(self, step: int) -> dict:
+        """Metrics since the last reading, `grad_norm` of the last step that counted; every process must ask.
+
+        Args:
+            step: the last one added, counted from 1.
+        """
+        sums = torch.cat([self._tallies.flatten(), self._tallies.new_tensor([self._positions])])
         if self.world.size > 1:
-            dist.all_reduce(self.sums)
-        verdicts = torch.stack(self.verdicts).tolist()
-        counted = [targets for targets, (skipped, _) in zip(self.targets, verdicts, strict=True) if not skipped]
+            dist.all_reduce(sums)
+        *sums, positions = sums.tolist()
+        tallies = [sums[at : at + 3] for at in range(0, len(sums), 3)]
+        verdicts = torch.stack(self._verdicts).tolist()
+        sizes, elapsed = self._sizes, time.perf_counter() - self._started
+        seconds = elapsed - self._paused
+        counted = [size for size, (skipped, _) in zip(sizes, verdicts, strict=True) if not skipped]
         norms = [norm for skipped, norm in verdicts if not skipped]
-        values = self._losses(self.sums.tolist(), counted)
-        seconds = time.perf_counter() - self.started
+        values = self._heads(tallies, total(counted, self.config.num_codebooks), bool(counted))
+        values |= {"grad_norm": norms[-1] if norms else None, "skipped_since": len(sizes) - len(counted)}
+        done = total(sizes, self.config.num_codebooks)
+        self.seen = total([self.seen, done], self.config.num_codebooks)
+        values |= self._rates(done, seconds)
         values |= {
-            "grad_norm": norms[-1] if norms else None,
-            "skipped_since": self.steps - len(counted),
-            "tokens_per_second": self.tokens / seconds,
-            "audio_seconds_per_second": self.audio_seconds / seconds,
-            "seconds_per_step": seconds / self.steps,
-            "tokens_seen": self.tokens_seen,
+            "padding_share": 1 - done.tokens * self.settings.tensor_parallel_size / positions,
+            "seconds_per_step": seconds / len(sizes),
+            "tokens_seen": self.seen.tokens,
+            "audio_hours_seen": self.seen.audio_frames / FRAMES_PER_SECOND / 3600,
+            "eta_seconds": (self._total_steps - step) * elapsed / len(sizes),
         }
         self._reset()
         return values
 
-    def _losses(self, sums: list[float], counted: list[Targets]) -> dict:
+    def _heads(self, tallies: list[list[float]], size: StepSize, any_counted: bool) -> dict:
         """Of the steps that counted; None if none did. And how many targets are behind them."""
-        *sums, eos, eos_targets = sums
-        text = sum(targets.text for targets in counted)
-        books = [sum(targets.codebooks[book] for targets in counted) for book in range(self.codebooks)]
-        values = losses(sums, text, books, self.settings)
-        if not counted:
+        values = head_metrics(tallies, size.targets, self.settings)
+        if not any_counted:
             values["loss"] = None
-        return values | eos_loss(eos, eos_targets) | {"text_targets": text, "audio_targets": max(books)}
+        return values | {"text_targets": size.targets.text, "audio_targets": max(size.targets.codebooks)}
+
+    def _rates(self, done: StepSize, seconds: float) -> dict:
+        """By the second. FLOPs are not known where parts of the model are frozen without LoRA (see flops.py)."""
+        processes, settings = self.world.size, self.settings
+        tokens, audio = done.tokens / seconds, done.audio_frames / FRAMES_PER_SECOND / seconds
+        values = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_gpu": tokens / processes,
+            "audio_seconds_per_second": audio,
+            "audio_seconds_per_second_per_gpu": audio / processes,
+        }
+        of_model = of_hardware = None
+        if settings.use_lora or not (settings.train_modules or settings.freeze_llm):
+            adapters = active_adapters(self.config, settings.lora_rank, settings.lora_target_modules)
+            work = (done.tokens, done.squares, done.targets.text, done.audio_rows)
+            adapters = adapters if settings.use_lora else None
+            of_model = flops_of_sums(self.config, *work, adapters=adapters) / seconds / processes
+            of_hardware = flops_of_sums(self.config, *work, adapters=adapters, recomputed=self.recomputed)
+            of_hardware /= seconds * processes
+        return values | {
+            "tflops_per_gpu": of_model and of_model / 1e12,
+            "mfu": of_model and self._peak and of_model / self._peak,
+            "hfu": of_hardware and self._peak and of_hardware / self._peak,
+        }
 
 
-class MetricsFile:
-    """`metrics.jsonl`, one JSON object a line. Resuming drops the lines after the step resumed from."""
+FILE = "metrics.jsonl"
 
-    def __init__(self, file: Path, resumed_step: int):
-        self.file = file
-        kept = []
-        if resumed_step and file.exists():
-            lines = file.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_step]
-        write_atomically(file, "".join(line + "\n" for line in kept))
 
-    def write(self, values: dict) -> None:
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(values) + "\n")
+class MetricsFile(Callback):
+    """One JSON object a line, of a logged step or of an evaluation, written by the main process.
+
+    Resuming drops the lines after the step resumed from.
+    """
+
+    def on_start(self, run, step):
+        self.file = run.output_dir / FILE if run.world.is_main else None
+        if self.file is not None:
+            kept = [line for line in read_metrics(self.file) if line["step"] <= step] if step else []
+            write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, run, step, values):
+        self._write(values)
+
+    def on_evaluate(self, run, step, values):
+        plain = ("step", "alarm")
+        self._write({name if name in plain else f"eval_{name}": value for name, value in values.items()})
+
+    def _write(self, values: dict) -> None:
+        if self.file is not None:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(values) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of a run's metrics; without those that a killed run left half-written."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

@@ -9,8 +9,8 @@ import socket
 import torch
 import torch.distributed as dist
 
+from engine.callbacks import Callback
 from engine.runtime import activity
-from engine.runtime.distributed import World
 
 PHASES = ("data", "forward")
 MIN_STEPS = 10
@@ -18,40 +18,41 @@ EXCESS = 0.2
 """Share of a step by which the slowest has to exceed the median, to be worth a word."""
 
 
-class Stragglers:
-    """Every process asks at the same logged steps."""
+class Stragglers(Callback):
+    """Says a line for each phase in which one process was much slower than the others since the last look.
 
-    def __init__(self, world: World):
-        self._world, self._steps = world, 0
-        self._before = self._now()
+    It looks at logged steps, once `MIN_STEPS` have been taken since.
+    """
 
-    def _now(self) -> torch.Tensor:
-        spent = activity.current.seconds
-        return torch.tensor([spent.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
+    def on_start(self, run, step):
+        self._steps, self._before = 0, _seconds()
 
-    def report(self, steps: int, seconds_per_step: float) -> list[str]:
-        """A line for each phase in which one process was much slower than the others since the last report.
+    def on_step(self, run, step, result):
+        self._steps += 1
 
-        Args:
-            steps: since the last call; fewer than MIN_STEPS say nothing, and are kept for the next one.
-        """
-        self._steps += steps
+    def on_log(self, run, step, values):
         if self._steps < MIN_STEPS:
-            return []
-        now = self._now()
+            return
+        now = _seconds()
         mine, self._before, self._steps = (now - self._before) / self._steps, now, 0
-        if self._world.size == 1:
-            return []
-        everyone = [torch.empty_like(mine) for _ in range(self._world.size)]
+        if run.world.size == 1:
+            return
+        everyone = [torch.empty_like(mine) for _ in range(run.world.size)]
         dist.all_gather(everyone, mine)
-        hosts: list[str] = [""] * self._world.size
-        found = slow([row.tolist() for row in everyone], seconds_per_step)
+        hosts: list[str] = [""] * run.world.size
+        found = slow([row.tolist() for row in everyone], values["seconds_per_step"])
         if found:
             dist.all_gather_object(hosts, socket.gethostname())
-        return [
-            f"slow: rank {rank} ({hosts[rank]}) takes {worst:.2f} s of each step for {phase}, the others {median:.2f} s"
-            for phase, rank, worst, median in found
-        ]
+        for phase, rank, worst, median in found:
+            run.say(
+                f"slow: rank {rank} ({hosts[rank]}) takes {worst:.2f} s of each step for {phase}, the others "
+                f"{median:.2f} s"
+            )
+
+
+def _seconds() -> torch.Tensor:
+    spent = activity.current.seconds
+    return torch.tensor([spent.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
 
 
 def slow(seconds: list[list[float]], seconds_per_step: float) -> list[tuple[str, int, float, float]]:

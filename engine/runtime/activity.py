@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = "HIGGS_ENGINE_RECORDS"
@@ -26,6 +27,7 @@ class Activity:
         since: time.time() of the last progress.
         seconds: spent so far in each phase that was left.
         code: the exit code, once the process is about to end.
+        on_change: is told the name of each phase that begins (engine/observe/phases.py); None: nobody is.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,7 @@ class Activity:
         self.phase, self.patient, self.code = "start", True, None
         self.since, self._progress = time.time(), time.monotonic()
         self.seconds: dict[str, float] = {}
+        self.on_change: Callable[[str], None] | None = None
         self._entered = time.monotonic()
         self._memory: mmap.mmap | None = None
 
@@ -68,6 +71,8 @@ class Activity:
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self._entered
         self.phase, self.patient, self._entered = phase, patient, now
+        if self.on_change is not None:
+            self.on_change(phase)
 
     def tick(self) -> None:
         """The phase under way has got further."""

@@ -33,10 +33,20 @@ def in_words(error: Exception, beats: Beats) -> Exception:
     if told is error and not isinstance(error, EngineError):
         say([f"{where}: {type(error).__name__}"])
     try:
-        beats.announce(getattr(told, "code", FAILED), str(told).splitlines())
+        _announce(told, beats)
     except dist.DistError:
         pass  # then nobody is left to be told
     return told
+
+
+def _announce(told: Exception, beats: Beats) -> None:
+    try:
+        beats.announce(getattr(told, "code", FAILED), str(told).splitlines())
+    except RuntimeError as error:
+        if LOADER_WORKER not in str(error):
+            raise
+        # torch's signal handler says once, wherever the process is, that a worker has died; that is told already
+        beats.announce(getattr(told, "code", FAILED), str(told).splitlines())
 
 
 def _translated(error: Exception, where: str, beats: Beats) -> Exception:

@@ -11,6 +11,8 @@ from tests.export.small_adapters import save_adapter
 from tests.processes import run
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 CASES = ["fsdp", "zero0", "zero1", "zero2", "zero3"]
 MORE_CASES = [
     "fsdp-hybrid",

@@ -8,6 +8,8 @@ from tests.model.whisper_tiny import save_whisper
 from tests.processes import run
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 CASES = ["fsdp-whisper", "zero2-whisper", "zero3-whisper"]
 TOWER_CASES = ["fsdp-whisper-tower", "zero2-whisper-tower", "zero3-whisper-tower"]
 LORA_CASES = ["fsdp-whisper-lora", "zero2-whisper-lora", "zero3-whisper-lora"]

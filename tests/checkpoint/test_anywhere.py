@@ -15,6 +15,8 @@ from tests.checkpoint.small_run import SmallRun
 from tests.processes import run
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 # (processes, what they run), in this order
 LAUNCHES = [
     (2, ["fsdp", "zero1", "zero2", "zero3", "fsdp-lora", "zero3-lora",

@@ -8,6 +8,8 @@ from tests.checkpoint.small_run import SmallRun
 from tests.processes import run
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

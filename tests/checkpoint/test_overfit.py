@@ -21,6 +21,8 @@ from engine.data.prompts import PromptTokenizer
 from engine.model.weights import load_tokenizer
 from tests.processes import run
 
+pytestmark = pytest.mark.slow
+
 CLIPS = 3
 
 

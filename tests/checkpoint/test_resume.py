@@ -13,6 +13,8 @@ from transformers import HiggsAudioV2ForConditionalGeneration
 
 from tests.processes import run, start
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "zero2": ["--ds_config", "zero2", "--async_save"],
     "zero3-lora": ["--ds_config", "zero3", "--use_lora"],

@@ -201,3 +201,20 @@ def test_a_store_in_parts_is_read_nearly_part_by_part():
     part_of_row = [{i // size for i in row} for row in micro_batches(plan.steps())]
     for start in range(0, len(part_of_row), 100):
         assert len(set().union(*part_of_row[start : start + 100])) <= 16, "reading jumps over the whole store"
+
+
+@quick
+@given(cases(), st.data())
+def test_what_lies_before_a_step_is_what_the_steps_had(case, data):
+    """Samples seen by a run that is resumed there, and the share of epochs that each step leaves behind."""
+    plan = case.plan()
+    steps = list(plan.steps())
+    start = data.draw(st.integers(0, len(steps)))
+    seen = [int(i) for part in plan.samples_before(start) for i in part]
+    assert seen == [i for step in steps[:start] for row in step.micro_batches for i in row]
+    for before, step in zip(steps, steps[1:], strict=False):
+        assert before.epochs_done < step.epochs_done <= step.epoch + 1
+    for epoch in {step.epoch for step in steps}:
+        of_epoch = [step for step in steps if step.epoch == epoch]
+        if len(of_epoch) == len(plan.epoch(epoch)):
+            assert of_epoch[-1].epochs_done == epoch + 1

@@ -15,6 +15,8 @@ from engine.data.store import Store
 from tests.data.prepare_worker import CHUNK_ROWS
 from tests.processes import run, start
 
+pytestmark = pytest.mark.slow
+
 CLIPS = 10  # of each of the four voices
 LENGTHS = (14_400, 19_200)  # two, so that several recordings share a batch of the codec
 

@@ -22,6 +22,7 @@ from engine.model.weights import WeightFiles
 from engine.observe.metrics import Meter
 from engine.observe.skipped import SkippedSteps
 from engine.runtime.distributed import World, init_process_group, shutdown
+from engine.step_size import StepSize
 from tests.tiny import AUDIO, CODEBOOKS, random_sample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -152,16 +153,18 @@ def train(folder, world: World, steps: int, bf16: bool, sync_debug_mode=lambda m
     engine = HiggsEngine(settings, world, WeightFiles(folder), rounds=len(mixes))
     batches = [pack(samples, AUDIO).to(world.device) for samples in mixes]
     results = [engine.train_step(batches, targets, 1e-3)]  # the first use of kernels and of FSDP may wait
-    meter, skipped = Meter(settings, world, CODEBOOKS), SkippedSteps(10, None)
+    size = StepSize(targets, tokens=1)
+    meter = Meter(settings, world, engine.config, False, StepSize(Targets(0, (0,) * CODEBOOKS)), steps)
+    skipped = SkippedSteps(10, None)
     sync_debug_mode("error")
     try:
         for number in range(steps):
             results.append(engine.train_step(batches, targets, 1e-3))
-            meter.add(results[-1], targets, tokens=1, audio_seconds=1.0)
+            meter.add(results[-1], size)
             skipped.add(Step(number, 0, ()), 1e-3, results[-1])
     finally:
         sync_debug_mode("default")
-    assert skipped.read() == [] and meter.read()["skipped_since"] == 0
+    assert skipped.read() == [] and meter.read(steps)["skipped_since"] == 0
     return tuple(float(r.sums[0]) / targets.text for r in (results[0], results[-1]))
 
 

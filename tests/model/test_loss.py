@@ -28,12 +28,16 @@ def inputs(rows: int):
 def test_marked_targets_are_summed_on_their_own(rows):
     hidden, weight, targets = inputs(rows)
     shares = torch.rand(CODEBOOKS)
-    loss, sums = linear_cross_entropy(hidden, weight, targets, shares, EOS)
+    loss, tallies = linear_cross_entropy(hidden, weight, targets, shares, EOS)
     plain, groups = linear_cross_entropy(hidden, weight, targets, shares)
-    assert torch.equal(sums[:CODEBOOKS], groups) and torch.equal(loss, plain) and groups.shape == (CODEBOOKS,)
+    assert torch.equal(tallies[:CODEBOOKS], groups) and torch.equal(loss, plain) and groups.shape == (CODEBOOKS, 3)
     logits = (hidden @ weight.t()).view(rows, CODEBOOKS, WIDTH).transpose(1, 2)
     each = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-    torch.testing.assert_close(sums[CODEBOOKS:], torch.stack([each[targets == EOS].sum(), (targets == EOS).sum()]))
+    right = logits.argmax(1) == targets
+    of_all = torch.stack([each.sum(0), right.sum(0), (targets >= 0).sum(0)], 1)
+    torch.testing.assert_close(groups, of_all)
+    there = targets == EOS
+    torch.testing.assert_close(tallies[CODEBOOKS], torch.stack([each[there].sum(), right[there].sum(), there.sum()]))
     gradients = [torch.autograd.grad(value, (hidden, weight)) for value in (loss, plain)]
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
@@ -48,5 +52,7 @@ def test_the_engine_marks_the_end_of_a_clip(tmp_path):
     batch, targets = pack([sample], AUDIO), Targets(5, (40,) * CODEBOOKS)
     evaluated = engine.evaluate([batch])
     result = engine.train_step([batch], targets, 1e-3)
-    assert int(result.eos[1]) == ends > 0 and result.sums.shape == (1 + CODEBOOKS,)
-    torch.testing.assert_close(torch.cat([result.sums, result.eos]), evaluated)
+    assert int(result.tallies[-1, 2]) == ends > 0 and result.sums.shape == (1 + CODEBOOKS,)
+    counts = [len(batch.text_targets), *(batch.audio_targets >= 0).sum(0).tolist()]
+    assert result.positions == batch.tokens == 45 and result.tallies[:-1, 2].tolist() == counts
+    torch.testing.assert_close(result.tallies, evaluated)

@@ -15,7 +15,7 @@ def alarms(warmup: int = 100, repeats: bool = False) -> Alarms:
     return Alarms(SIZES, warmup, repeats)
 
 
-def values(step: int = 200, epoch: int = 1, **other) -> dict:
+def values(step: int = 200, epoch: int = 2, **other) -> dict:
     """Of a logged step of a healthy run, with much data behind it."""
     healthy = {
         "codebook_losses": HONEST, "text_loss": 2.0, "eos_loss": 0.8, "text_targets": 10**5,
@@ -31,7 +31,7 @@ def with_book(book: int, loss: float | None) -> list[float | None]:
 def test_an_honest_run_is_not_disturbed():
     watch = alarms()
     for step in range(1, 500, 10):
-        assert watch.of_training(values(step, epoch=step // 200)) == []
+        assert watch.of_training(values(step, epoch=1 + step // 200)) == []
     assert watch.of_evaluation(HONEST, 10**5) == []
     nothing = dict.fromkeys(("text_loss", "eos_loss")) | {"codebook_losses": [None] * 8}
     assert watch.of_training(values(600, **nothing)) == [], "all steps since the last line were skipped"
@@ -74,6 +74,6 @@ def test_a_codebook_that_is_too_easy(loss, told):
     easy = with_book(2, loss)
     assert len(alarms().of_evaluation(easy, 10**5)) == told
     assert len(alarms().of_training(values(epoch=0, codebook_losses=easy))) == told
-    assert alarms().of_training(values(epoch=1, codebook_losses=easy)) == []
+    assert alarms().of_training(values(epoch=1.1, codebook_losses=easy)) == []
     assert alarms(repeats=True).of_training(values(epoch=0, codebook_losses=easy)) == []
     assert len(alarms().of_evaluation([0.2] * 8, 10**5)) == 8, "also where all of them are"

@@ -1,86 +1,198 @@
 """The arithmetic of what is logged, against hand-computed cases."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import HiggsAudioV2Config
 
 from engine.config import Settings
 from engine.higgs_engine import StepResult, Targets
-from engine.observe.metrics import Meter, MetricsFile, losses
-from engine.observe.progress import format_step
+from engine.model.flops import step_flops
+from engine.observe import metrics
+from engine.observe.metrics import Meter, MetricsFile, head_metrics, read_metrics
+from engine.observe.schema import BESIDE, BY_NAME, METRICS, scalars
 from engine.runtime.distributed import World
+from engine.step_size import StepSize
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
+CONFIG = HiggsAudioV2Config(
+    num_codebooks=2, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+NOTHING = StepSize(Targets(0, (0, 0)))
 
 
-def step_of(sums, eos=(0.0, 0.0), norm=1.5, skipped=0.0) -> StepResult:
-    return StepResult(*map(torch.tensor, (sums, eos, norm, skipped, torch.inf)))
+def meter(settings: Settings | None = None, seen: StepSize = NOTHING, world: World = WORLD) -> Meter:
+    return Meter(settings or Settings(), world, CONFIG, recomputed=False, seen=seen, total_steps=12)
 
 
-def test_losses_are_means_over_targets():
-    values = losses([6.0, 10.0, 30.0], 3, [5, 10], Settings(text_loss_weight=0.5, audio_loss_weight=2.0))
-    assert values["text_loss"] == 2.0 and values["codebook_losses"] == [2.0, 3.0] and values["audio_loss"] == 2.5
-    assert values["loss"] == 0.5 * 2.0 + 2.0 * 2.5
+def step_of(losses, right=(0.0, 0.0, 0.0), eos=(0.0, 0.0, 0.0), norm=1.5, skipped=0.0, positions=100) -> StepResult:
+    """Tallies of text and two codebooks; the numbers of targets there are not looked at."""
+    tallies = torch.tensor([*([loss, hit, 0.0] for loss, hit in zip(losses, right, strict=True)), list(eos)])
+    return StepResult(tallies, positions, *map(torch.tensor, (norm, skipped, torch.inf)))
 
 
-def test_codebook_weights_make_a_weighted_mean():
-    assert losses([0.0, 10.0, 30.0], 0, [5, 10], Settings(codebook_weights=[3.0, 1.0]))["audio_loss"] == 2.25
+def size_of(text: int, book: int, tokens: int = 50, frames: int = 25, squares: int = 0, rows: int = 0) -> StepSize:
+    return StepSize(Targets(text, (book, book)), tokens, squares, frames, rows)
+
+
+def heads(losses, right, targets: Targets, eos=(0.0, 0.0, 0.0), **settings) -> dict:
+    tallies = [[loss, hit, 0.0] for loss, hit in zip(losses, right, strict=True)]
+    return head_metrics([*tallies, list(eos)], targets, Settings(**settings))
+
+
+def test_losses_and_accuracies_are_means_over_targets():
+    values = heads(
+        [6.0, 10.0, 30.0], [1.0, 4.0, 5.0], Targets(4, (5, 10)), eos=(3.0, 1.0, 2.0),
+        text_loss_weight=0.5, audio_loss_weight=2.0,
+    )  # fmt: skip
+    assert values["text_loss"] == 1.5 and values["codebook_losses"] == [2.0, 3.0] and values["audio_loss"] == 2.5
+    assert values["loss"] == 0.5 * 1.5 + 2.0 * 2.5
+    assert values["text_accuracy"] == 0.25 and values["codebook_accuracies"] == [0.8, 0.5]
+    assert values["audio_accuracy"] == pytest.approx(0.65)
+    assert values["eos_loss"] == 1.5 and values["eos_accuracy"] == 0.5 and values["eos_targets"] == 2
+
+
+def test_codebook_weights_make_weighted_means():
+    values = heads([0.0, 10.0, 30.0], [0.0, 5.0, 0.0], Targets(0, (5, 10)), codebook_weights=[3.0, 1.0])
+    assert values["audio_loss"] == 2.25 and values["audio_accuracy"] == 0.75
 
 
 def test_what_has_no_target_has_no_loss():
-    values = losses([0.0, 0.0, 0.0], 0, [0, 0], Settings())
-    assert values == {"loss": 0.0, "text_loss": None, "audio_loss": None, "codebook_losses": [None, None]}
+    values = heads([0.0] * 3, [0.0] * 3, Targets(0, (0, 0)))
+    assert values.pop("loss") == 0.0 and values.pop("eos_targets") == 0
+    assert values.pop("codebook_losses") == values.pop("codebook_accuracies") == [None, None]
+    assert set(values.values()) == {None} and len(values) == 6
 
 
 def test_the_meter_weighs_steps_by_their_targets():
-    meter = Meter(Settings(), WORLD, codebooks=2, tokens_seen=100)
-    meter.add(step_of([2.0, 4.0, 6.0], eos=[3.0, 2]), Targets(1, (2, 2)), tokens=50, audio_seconds=1.0)
-    meter.add(step_of([4.0, 2.0, 0.0], eos=[1.0, 2]), Targets(2, (1, 1)), tokens=30, audio_seconds=2.0)
-    values = meter.read()
+    counted = meter(seen=size_of(0, 0, tokens=100, frames=90_000 - 60))
+    counted.add(step_of([2.0, 4.0, 6.0], (1.0, 1.0, 0.0), (3.0, 1.0, 2.0)), size_of(1, 2, frames=25))
+    counted.add(step_of([4.0, 2.0, 0.0], (1.0, 2.0, 0.0), (1.0, 1.0, 2.0), norm=0.5), size_of(2, 1, 30, frames=35))
+    assert counted.steps == 2 and counted.tokens_seen == 180
+    values = counted.read(step=2)
     assert values["text_loss"] == 2.0 and values["codebook_losses"] == [2.0, 2.0]
-    assert values["tokens_seen"] == 180 and values["grad_norm"] == 1.5
-    assert values["eos_loss"] == 1.0 and values["eos_targets"] == 4 and values["skipped_since"] == 0
-    ratio = values["tokens_per_second"] / values["audio_seconds_per_second"]
-    assert ratio == pytest.approx(80 / 3)
+    assert values["text_accuracy"] == pytest.approx(2 / 3) and values["codebook_accuracies"] == [1.0, 0.0]
+    assert values["eos_loss"] == 1.0 and values["eos_accuracy"] == 0.5 and values["eos_targets"] == 4
+    assert values["grad_norm"] == 0.5 and values["skipped_since"] == 0
+    assert values["tokens_seen"] == 180 and values["audio_hours_seen"] == 1.0, "90,000 frames at 25 a second"
+    assert values["padding_share"] == pytest.approx(1 - 80 / 200)
+    assert counted.steps == 0
 
 
 def test_a_skipped_step_counts_in_no_mean():
-    meter = Meter(Settings(), WORLD, codebooks=2)
-    nan = [torch.nan] * 3
-    meter.add(step_of([2.0, 4.0, 6.0]), Targets(1, (2, 2)), tokens=50, audio_seconds=1.0)
-    meter.add(step_of(nan, nan[:2], torch.nan, skipped=1.0), Targets(7, (9, 9)), tokens=30, audio_seconds=2.0)
-    values = meter.read()
+    counted, nan = meter(), [torch.nan] * 3
+    counted.add(step_of([2.0, 4.0, 6.0]), size_of(1, 2))
+    counted.add(step_of(nan, nan, nan, torch.nan, skipped=1.0), size_of(7, 9, tokens=30))
+    values = counted.read(step=2)
     assert values["text_loss"] == 2.0 and values["codebook_losses"] == [2.0, 3.0] and values["eos_loss"] is None
     assert values["grad_norm"] == 1.5, "the last that counted"
     assert values["skipped_since"] == 1 and values["tokens_seen"] == 80, "its data have been passed over"
     assert values["text_targets"] == 1 and values["audio_targets"] == 2
-    meter.add(step_of(nan, nan[:2], torch.nan, skipped=1.0), Targets(7, (9, 9)), tokens=30, audio_seconds=2.0)
-    values = meter.read()
-    assert values["loss"] is values["grad_norm"] is values["text_loss"] is None
-    line = format_step(values | {"step": 2, "learning_rate": 1e-5, "skipped_steps": 2}, total_steps=3)
-    assert "loss - | text - audio - [- -]" in line and line.endswith("1 skipped (2 in all)")
+    counted.add(step_of(nan, nan, nan, torch.nan, skipped=1.0), size_of(7, 9, tokens=30))
+    values = counted.read(step=3)
+    assert values["loss"] is values["grad_norm"] is values["text_loss"] is values["text_accuracy"] is None
     json.dumps(values, allow_nan=False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when told."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_rates_are_of_the_time_of_steps(clock):
+    """Ten seconds, four of them an evaluation: two steps of three seconds; but what is left takes all of it."""
+    two = World(0, 0, 1, torch.device("cpu"))
+    counted = meter(world=two)
+    for _ in range(2):
+        counted.add(step_of([0.0] * 3), size_of(1, 1, tokens=300, frames=150))
+        clock[0] += 3
+    with counted.paused():
+        clock[0] += 4
+    values = counted.read(step=2)
+    assert values["seconds_per_step"] == 3 and values["eta_seconds"] == 10 * 5
+    assert values["tokens_per_second"] == values["tokens_per_second_per_gpu"] == 100
+    assert values["audio_seconds_per_second"] == 150 * 2 / 25 / 6
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_rates_by_process(clock, processes):
+    """`_rates` alone, for several processes would have to add up."""
+    counted = meter(world=World(0, 0, processes, torch.device("cpu")))
+    values = counted._rates(size_of(1, 1, tokens=800, frames=100), seconds=2.0)
+    assert values["tokens_per_second"] == 400 and values["tokens_per_second_per_gpu"] == 400 / processes
+    assert values["audio_seconds_per_second"] == 2 and values["audio_seconds_per_second_per_gpu"] == 2 / processes
+
+
+def test_flops_utilisation_by_hand():
+    """Two samples, of 10 and 20 positions. Active parameters of a position: see test_flops; here the plumbing."""
+    counted = meter()
+    counted._peak = 1e9
+    size = size_of(7, 25, tokens=30, squares=10**2 + 20**2, rows=26)
+    flops = step_flops(CONFIG, [10, 20], 7, 26)
+    values = counted._rates(size, seconds=2.0)
+    assert values["tflops_per_gpu"] == flops / 2 / 1e12 and values["mfu"] == flops / 2 / 1e9 == values["hfu"]
+    counted.recomputed = True
+    values = counted._rates(size, seconds=2.0)
+    assert values["mfu"] == flops / 2 / 1e9 < values["hfu"] == step_flops(CONFIG, [10, 20], 7, 26, recomputed=True) / 2e9
+
+
+def test_flops_of_adapters_and_of_frozen_parts():
+    counted = meter(Settings(use_lora=True, lora_rank=4, lora_target_modules=["q_proj"]))
+    q = 4 * (64 + 4 * 16) * 2
+    values = counted._rates(size_of(7, 25, tokens=30, squares=500, rows=26), seconds=1.0)
+    assert values["tflops_per_gpu"] * 1e12 == pytest.approx(step_flops(CONFIG, [10, 20], 7, 26, adapters=q))
+    assert values["mfu"] is None, "of what peak, on a CPU?"
+    values = meter(Settings(freeze_llm=True))._rates(size_of(7, 25), seconds=1.0)
+    assert values["tflops_per_gpu"] is values["mfu"] is values["hfu"] is None
+
+
+def test_a_step_is_as_large_as_its_samples():
+    """Three samples, the second has no audio target, the third is left out."""
+    import numpy as np
+
+    data = SimpleNamespace(
+        lengths=np.array([10, 20, 99], np.int32), audio_targets=np.array([6, 0, 9], np.int32),
+        text_targets=np.array([1, 3, 9], np.int32), audio_frames=np.array([13, 4, 9], np.int32), codebooks=8,
+    )  # fmt: skip
+    size = StepSize.of_samples(data, np.array([0, 1]))
+    assert size.targets == Targets(4, (6,) * 8) and size.tokens == 30 and size.squares == 500
+    assert size.audio_frames == 17 and size.audio_rows == 6 + 7, "the last codebook is 7 frames late"
+
+
+def test_every_metric_is_described_once():
+    counted = meter()
+    counted.add(step_of([2.0, 4.0, 6.0]), size_of(1, 2))
+    found = counted.read(step=1).keys() | {"step", "epoch", "learning_rate", "skipped_steps"}
+    of_shares = {"data_share", "communication_share", "memory_gib", "memory_peak_gib"}
+    assert found - set(BESIDE) == BY_NAME.keys() - of_shares
+    assert len(BY_NAME) == len(METRICS)
+
+
+def test_trackers_are_told_every_number_under_its_group():
+    record = {"step": 3, "loss": 1.5, "codebook_losses": [2.0, None], "mfu": None, "eval_loss": 4.0, "mine": 7,
+              "eos_targets": 9, "alarm": ["!"]}  # fmt: skip
+    assert dict(scalars(record)) == {"loss/loss": 1.5, "loss/codebook_losses/0": 2.0, "eval_loss/loss": 4.0, "other/mine": 7}
+
+
+def run_in(folder) -> SimpleNamespace:
+    return SimpleNamespace(output_dir=folder, world=WORLD)
 
 
 def test_resuming_drops_lines_after_the_checkpoint(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
-    MetricsFile(file, resumed_step=2).write({"step": 3, "new": True})
-    assert [json.loads(line) for line in file.read_text().splitlines()] == [
-        {"step": 1}, {"step": 2}, {"step": 3, "new": True},
-    ]  # fmt: skip
-    MetricsFile(file, resumed_step=0)
+    lines = MetricsFile()
+    lines.on_start(run_in(tmp_path), 2)
+    lines.on_log(None, 3, {"step": 3, "new": True})
+    lines.on_evaluate(None, 3, {"step": 3, "loss": math.pi, "alarm": ["odd"]})
+    expected = [{"step": 1}, {"step": 2}, {"step": 3, "new": True}, {"step": 3, "eval_loss": math.pi, "alarm": ["odd"]}]
+    assert read_metrics(file) == expected
+    MetricsFile().on_start(run_in(tmp_path), 0)
     assert file.read_text() == ""
-
-
-def test_the_progress_line_names_everything():
-    values = losses([6.0, 10.0, 30.0], 3, [5, 10], Settings()) | {
-        "step": 120, "learning_rate": 1.9e-5, "grad_norm": 0.82, "seconds_per_step": 1.5,
-        "tokens_per_second": 25310.4, "audio_seconds_per_second": 961.2, "skipped_since": 0, "skipped_steps": 3,
-    }  # fmt: skip
-    line = format_step(values, total_steps=3000)
-    assert line == (
-        "step 120/3000 | loss 4.5000 | text 2.000 audio 2.500 [2.00 3.00] | lr 1.90e-05 | gnorm 0.820 | "
-        "25,310 tok/s | 961 audio-s/s | eta 1h12m00s"
-    )

@@ -1,0 +1,95 @@
+"""`starts.jsonl`: what each start of a run was: when, where, with what versions, from which step, on which data.
+
+What is measured means little without it; the report and whoever repeats the run read it.
+"""
+
+import json
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engine.callbacks import Callback
+from engine.checkpoint.manifest import versions
+from engine.config_checks import REPOSITORY
+from engine.data.dataset import Dataset
+from engine.data.encoder import FRAMES_PER_SECOND
+
+FILE = "starts.jsonl"
+BINS = 30
+
+
+class Provenance(Callback):
+    """Every process has one; the main one writes."""
+
+    def on_start(self, run, step):
+        hosts = [socket.gethostname()]
+        if run.world.size > 1:
+            hosts = [""] * run.world.size
+            dist.all_gather_object(hosts, socket.gethostname())
+        if not run.world.is_main:
+            return
+        held_out = run.data.held_out
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": step,
+            "total_steps": run.total,
+            "resumed_from": run.checkpoint and run.checkpoint.name,
+            "world_size": run.world.size,
+            "hosts": sorted(set(hosts)),
+            "device": _device(run.world.device),
+            "versions": {"python": platform.python_version(), **versions()},
+            "engine_commit": _commit(),
+            "command": shlex.join(sys.argv),
+            "model": {"path": run.settings.model_path, **_parameters(run.engine)},
+            "summary": list(run.summary),
+            "data": {"train": describe(run.data.train), "eval": held_out and describe(held_out.data)},
+        }
+        with (run.output_dir / FILE).open("a") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _commit() -> str | None:
+    """Of the engine's own repository, with a + where files differ from it; None for an installed package."""
+    if not (REPOSITORY / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(run, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _parameters(engine) -> dict[str, int]:
+    shapes = engine.parameter_shapes()
+    return {
+        "parameters": sum(shape.numel() for shape, _ in shapes.values()),
+        "trained": sum(shape.numel() for shape, trained in shapes.values() if trained),
+    }
+
+
+def describe(data: Dataset) -> dict:
+    """Size of a set, and how long its samples are: in tokens, and in seconds of speech, references included."""
+    seconds = data.audio_frames / FRAMES_PER_SECOND
+    return {
+        "samples": len(data),
+        "tokens": int(data.lengths.sum()),
+        "audio_hours": float(seconds.sum()) / 3600,
+        "histograms": {"seconds": histogram(seconds), "tokens": histogram(data.lengths)},
+    }
+
+
+def histogram(values: np.ndarray) -> dict[str, list[float]]:
+    """`BINS` equal bins from 0 to the largest value: edges [BINS + 1] and counts [BINS]."""
+    counts, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1e-9)))
+    return {"edges": edges.round(4).tolist(), "counts": counts.tolist()}
