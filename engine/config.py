@@ -211,7 +211,8 @@ class Settings:
         ["tensorboard"], "trackers that are told every metric: tensorboard, wandb, mlflow, trackio; none: only "
         "metrics.jsonl, which is always written", choices=("tensorboard", "wandb", "mlflow", "trackio"))
     logging_dir: str | None = _watch(
-        None, "TensorBoard's files; none: tensorboard in the output folder", path="FOLDER")
+        None, "for TensorBoard's files, in a folder named as the run; none: tensorboard in the output folder",
+        path="FOLDER")
     run_name: str | None = _watch(None, "name of the run for trackers; none: that of the output folder")
     eval_steps: int = _watch(500, "steps between evaluations", at_least=1)
     per_device_eval_batch_size: int | None = _watch(

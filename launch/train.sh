@@ -14,7 +14,8 @@ Fine-tunes Higgs Audio v2. All of these train with the same settings:
   srun bash launch/train.sh --config ...        one task per GPU, or one per node; see launch/slurm.sbatch
 
 With `prepare` as the first word, all of them make a prepared store of the data instead (higgs-engine prepare --help);
-with `doctor`, they check machines, network and folders (higgs-engine doctor --help). `--dry_run` shows the settings and
+with `evaluate`, they measure a model on held-out data (higgs-engine evaluate --help); with `doctor`, they check
+machines, network and folders (higgs-engine doctor --help). `--dry_run` shows the settings and
 what would run where, and stops.
 
 Several machines without SLURM:
@@ -86,6 +87,6 @@ if __name__ == "__main__":  # a process that a rank spawns reads this file again
         sys.exit(2)  # engine/exit_codes.py: MISTAKE
     # DeepSpeed says the local rank twice, as an argument and as LOCAL_RANK.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
-    command = [] if arguments[:1] in (["prepare"], ["doctor"]) else ["train"]
+    command = [] if arguments[:1] in (["prepare"], ["evaluate"], ["doctor"]) else ["train"]
     sys.exit(main(command + arguments))
 # The end of the Python half

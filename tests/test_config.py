@@ -190,7 +190,7 @@ def test_unknown_names_show_their_neighbours():
     assert "did you mean save_steps or " in problem("--sav_steps", "8")
     assert problem("--qqq=1", "--seed", "1").endswith("→ --help lists every setting")
     assert "no_seed" in problem("--no-seed")  # only a true/false setting can be switched off
-    assert len(problems_of(parsed, "--unknown", "1", "2", "--report_to", "wandb")) == 2
+    assert len(problems_of(parsed, "--unknown", "1", "2", "--push_to_hub", "yes")) == 2
 
 
 def test_sections_are_refused():

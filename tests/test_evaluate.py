@@ -70,6 +70,7 @@ def test_a_checkpoint_by_two_processes_of_unequal_shares(demo, parts, tmp_path, 
 
 def test_what_cannot_be_evaluated_is_said(demo, parts, tmp_path):
     words = flags(model_path=demo.model_path, train_data_file=parts / "train.json", output_dir=tmp_path, backend="none")
+    words += ["--out", str(tmp_path / "evaluation.json")]
     said = command("evaluate", *words, "--audio_tokenizer_path", demo.audio_tokenizer_path)
     assert said.code == 2
     assert "eval_data_file: there is nothing to evaluate on → give it, or train_data_file and" in said.errors

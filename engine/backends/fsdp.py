@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.backends.base import Blueprint
 from engine.backends.guard import Guard
-from engine.backends.tensors import Fragment
+from engine.backends.tensors import Fragment, State
 from engine.backends.torch_optimizer import TorchBackend, make_adamw
 from engine.config import Settings
 from engine.model.initial import InitialWeights, rebuild_buffers
@@ -79,14 +79,22 @@ class FSDPBackend(TorchBackend):
             tensor.numel(),
         )
 
+    def state(self) -> State:
+        self._reshard()
+        return super().state()
+
+    def _reshard(self) -> None:
+        """Weights as shards again: without fsdp_reshard_after_forward an evaluation leaves them whole."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @property
     def is_whole(self) -> bool:
         return False
 
     def full_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # an evaluation without fsdp_reshard_after_forward leaves it whole
+        self._reshard()
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach().to(dtype).full_tensor()
 

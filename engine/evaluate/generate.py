@@ -45,9 +45,7 @@ class Spoken:
         return self.codes.shape[1]
 
 
-def generation_config(
-    folder: Path, config: HiggsAudioV2Config, temperature: float | None = None
-) -> GenerationConfig:  # fmt: skip
+def generation_config(folder: Path, config: HiggsAudioV2Config, temperature: float | None = None) -> GenerationConfig:
     """How a model draws its codes: by its generation_config.json, or where that is the original's or missing as the
     released native model does (top_k 50, top_p 0.95, repetition-aware sampling over 7 frames).
 

@@ -91,9 +91,7 @@ def of_text(text: str, references: Iterable[tuple[str | None, Path]]) -> Convers
     return row
 
 
-def of_data(
-    data: Dataset, chosen: Iterable[int], tokenize: PromptTokenizer, stream: StreamIds
-) -> list[SpeechPrompt]:  # fmt: skip
+def of_data(data: Dataset, chosen: Iterable[int], tokenize: PromptTokenizer, stream: StreamIds) -> list[SpeechPrompt]:
     """Prompts of prepared samples."""
     chosen = list(chosen)
     return [of_sample(data[i], name, tokenize, stream) for i, name in zip(chosen, data.names(chosen), strict=True)]

@@ -69,6 +69,10 @@ class Sampler(Callback):
         if run.world.size > 1:
             dist.broadcast_object_list(prepared)
         self.prompts, self.heard = prepared[0]
+        if not self.prompts:
+            run.say("note: samples: nothing to say, for no sample has a clip that is trained → give sample_prompts")
+        if run.engine.whisper is not None:
+            run.say("note: samples: spoken as by transformers' own model, which hears no reference through Whisper")
 
     def _prepare(self, run: "Run", step: int) -> tuple[list[SpeechPrompt], list[Heard]]:
         settings, root = run.settings, run.output_dir
@@ -90,7 +94,7 @@ class Sampler(Callback):
         return prompts, heard
 
     def on_step(self, run: "Run", step: int, result: object) -> None:
-        if step % run.settings.sample_every == 0 or step == run.total:
+        if self.prompts and (step % run.settings.sample_every == 0 or step == run.total):
             self.round(run, step)
 
     def round(self, run: "Run", step: int) -> None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from engine.errors import EngineError
 from engine.higgs_engine import HiggsEngine
 from engine.model.initial import build_on_meta, rebuild_buffers
 from engine.model.keys import WHISPER, base_name
@@ -21,7 +22,7 @@ SPARE = 2 << 30
 GIB = 1 << 30
 
 
-class NoCopy(Exception):
+class NoCopy(EngineError):
     """The copy cannot be made. What failed on one process fails there alone, when the collective is over."""
 
 
@@ -71,6 +72,7 @@ def _require_room(model: nn.Module, world: World, dtype: torch.dtype) -> None:
     sizes = [parameter.numel() * dtype.itemsize for parameter in model.parameters()]
     needed = 3 * max(sizes) + (sum(sizes) + SPARE if world.is_main else 0)  # a tensor, its pieces, and as received
     problem = None
+    torch.cuda.empty_cache()  # what training has kept for itself counts as free
     if world.device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(world.device)[0]):
         problem = f"rank {world.rank}: {needed / GIB:.1f} GiB of GPU memory are needed, {free / GIB:.1f} are free"
     problems = [problem]

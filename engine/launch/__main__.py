@@ -11,7 +11,7 @@ from engine.launch.machine import Machine
 from engine.launch.plan import WITHOUT_GPU, LaunchPlan, environment, make_plan
 from engine.launch.restarts import Restarts
 
-OTHER_COMMANDS = ("prepare", "doctor")
+OTHER_COMMANDS = ("prepare", "evaluate", "doctor")
 """First words that make the ranks do this instead of training."""
 
 

@@ -10,6 +10,7 @@ Profiled steps take longer, above all on the main process, and compute the same.
 """
 
 import json
+import os
 import time
 import warnings
 
@@ -21,6 +22,7 @@ from engine.callbacks import Callback
 from engine.config_checks import profiled_steps
 from engine.observe.kernels import exposed_communication, kernel_table
 from engine.observe.phases import PhaseTimes, phase_shares, phase_table
+from engine.runtime import activity
 
 FOLDER = "profile"
 MEMORY_EVENTS = 200_000
@@ -88,6 +90,7 @@ class Profiler(Callback):
             self._phases.start()
 
     def _start_trace(self, run, warmup: int) -> profile:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print two lines about itself
         activities = [ProfilerActivity.CPU]
         if run.world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -115,15 +118,19 @@ class Profiler(Callback):
         if trace is not None:
             trace.stop()
         self._steps = self._trace = self._phases = None
-        everyone = [spent]
-        if run.world.size > 1:
-            everyone = [{} for _ in range(run.world.size)]
-            dist.all_gather_object(everyone, spent)
-        if run.world.is_main:
-            try:
-                _write(run, trace, everyone, steps)
-            except OSError as error:
-                run.say(f"note: the profile could not be written, training goes on: {error}")
+        activity.current.enter("profile")
+        with run.meter.paused():
+            everyone = [spent]
+            if run.world.size > 1:
+                everyone = [{} for _ in range(run.world.size)]
+                dist.all_gather_object(everyone, spent)
+            if run.world.is_main:
+                try:
+                    _write(run, trace, everyone, steps)
+                except OSError as error:
+                    run.say(f"note: the profile could not be written, training goes on: {error}")
+            if run.world.size > 1:
+                dist.barrier()  # else the others would wait in their next step, and count it as communication
 
 
 def _write(run, trace: profile, seconds: list[dict[str, float]], steps: int) -> None:

@@ -58,7 +58,7 @@ METRICS = (
     Metric("padding_share", "throughput", "share", False, "of computed positions that belong to no sample"),
     Metric("seconds_per_step", "time", "s", False, "without evaluations, samples and saves"),
     Metric("data_share", "time", "share", False, "of the time, waiting for the loader; the slowest process"),
-    Metric("communication_share", "time", "share", False, "of a step, in collectives; the slowest process"),
+    Metric("communication_share", "time", "share", False, "in collectives, overlapped ones too; the slowest process"),
     Metric("memory_gib", "memory", "GiB", False, "now, of the process that has most"),
     Metric("memory_peak_gib", "memory", "GiB", False, "the most since the last line, of the process that had most"),
     Metric("epoch", "progress", "", None, "passes over the training data so far, with a fraction"),

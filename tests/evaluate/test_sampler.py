@@ -49,7 +49,8 @@ LORA = {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.3}
 
 def losses(out: Path) -> list:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [[line[name] for name in ("step", "loss", "grad_norm", "codebook_losses")] for line in lines]
+    names = ("step", "loss", "grad_norm", "codebook_losses", "eval_loss")
+    return [[line.get(name) for name in names] for line in lines]
 
 
 def samples(out: Path) -> list[dict]:
@@ -106,11 +107,17 @@ def test_training_does_not_notice_and_goes_on_after_a_resume(demo, store, tmp_pa
     assert lines[:4] == first and places(lines[4:]) == [(3, 0), (3, 1)]
     assert all(line["file"] is None and "sample_budget_s" in line["error"] for line in lines[4:])
     assert "note: sample(s) 0, 1 of step 3: " in said
+    # what the run left speaks by itself: base, adapter, codec and layout are those of the run
+    for number, folder in enumerate((tmp_path / "heard", tmp_path / "heard/checkpoint-3")):
+        done("generate", model_path=folder, text="Hello.", max_seconds=0.2, out=tmp_path / f"{number}.wav")
+    assert (tmp_path / "0.wav").read_bytes() == (tmp_path / "1.wav").read_bytes()
 
 
 def test_sharded_weights_are_gathered_and_a_failure_leaves_training_alone(demo, store, tmp_path):
     """On two processes: FSDP with adapters, ZeRO 3 in full; ZeRO 2, where each process speaks, loses its codec."""
-    fsdp, zero3 = {"backend": "fsdp", **LORA}, {"backend": "deepspeed", "ds_config": "zero3"}
+    # an evaluation leaves these weights whole, which neither gathering nor saving may stumble over
+    whole = {"fsdp_reshard_after_forward": False, "validation_split": 0.2, "eval_steps": 1}
+    fsdp, zero3 = {"backend": "fsdp", **LORA, **whole}, {"backend": "deepspeed", "ds_config": "zero3"}
     shutil.copytree(demo.audio_tokenizer_path, tmp_path / "codec")
     (tmp_path / "lost.py").write_text(LOST)
     lost = {"audio_tokenizer_path": str(tmp_path / "codec"), "callbacks": [f"{tmp_path}/lost.py:Lost"]}

@@ -50,7 +50,10 @@ def test_arguments_and_ranks_survive(tree, tmp_path, launcher):
         assert rank["OMP_NUM_THREADS"]
 
 
-@pytest.mark.parametrize("command, launcher, ranks", [("prepare", "none", [None]), ("doctor", "torchrun", ["0", "1"])])
+@pytest.mark.parametrize(
+    "command, launcher, ranks",
+    [("prepare", "none", [None]), ("evaluate", "none", [None]), ("doctor", "torchrun", ["0", "1"])],
+)
 def test_other_commands_as_the_first_word_run_on_all_ranks(tree, tmp_path, command, launcher, ranks):
     """Their arguments are no settings of a run, and are not read as such."""
     words = [command, "--wrong", *AWKWARD]

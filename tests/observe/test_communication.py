@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import ProcessGroup, Work
 
 from engine.observe import communication, memory, shares
-from engine.observe.communication import CommunicationClock, covered
+from engine.observe.communication import CommunicationClock, StreamClock, covered
 from engine.observe.memory import GIB, Memory
 from engine.observe.shares import TimeShares
 from engine.runtime import activity
@@ -89,6 +89,47 @@ def test_evaluations_saves_and_other_threads_do_not_count(group, stopwatch, doin
             dist.all_gather_into_tensor(torch.empty(7), torch.ones(3))
         dist.all_reduce(torch.ones(3))
         assert clock.seconds(1) >= 0.5, "also after one that failed"
+
+
+def test_on_a_gpu_logged_steps_stand_for_all(group, doing, monkeypatch):
+    """Its events are played here: each is 2 ms after the one before."""
+    now = iter(range(0, 10**6, 2))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(now)
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(StreamClock, "_on_gpu", lambda self, arguments: True)
+    with communication.measured(World(0, 0, 2, torch.device("cuda")), every=10) as clock:
+        for step in range(2, 11):
+            doing.enter("backward", step)
+            dist.all_reduce(torch.ones(3), async_op=True)
+        assert len(clock._pairs) == 1, "of step 10 only"
+        assert clock.seconds(steps=9) == pytest.approx(9 * 0.002)
+        assert clock.seconds(steps=1) is None, "nothing measured is not nothing spent"
+        doing.enter("backward", 1)
+        dist.all_reduce(torch.ones(3))
+        assert clock.seconds(steps=1) == pytest.approx(0.004), "the call and the wait"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpus_collectives_are_measured_and_those_of_the_host_are_not(group, doing):
+    nccl = dist.new_group(backend="nccl")
+    with communication.measured(World(0, 0, 2, torch.device("cuda")), every=1) as clock:
+        doing.enter("backward", 1)
+        dist.all_reduce(torch.ones(3))
+        assert clock.seconds(steps=1) is None
+        work = dist.all_reduce(torch.ones(2**24, device="cuda"), group=nccl, async_op=True)
+        work.wait()
+        assert len(clock._pairs) == 2 and clock.seconds(steps=1) > 0
 
 
 def test_one_process_is_left_alone():

@@ -140,7 +140,8 @@ def test_flops_utilisation_by_hand():
     assert values["tflops_per_gpu"] == flops / 2 / 1e12 and values["mfu"] == flops / 2 / 1e9 == values["hfu"]
     counted.recomputed = True
     values = counted._rates(size, seconds=2.0)
-    assert values["mfu"] == flops / 2 / 1e9 < values["hfu"] == step_flops(CONFIG, [10, 20], 7, 26, recomputed=True) / 2e9
+    twice_forward = step_flops(CONFIG, [10, 20], 7, 26, recomputed=True)
+    assert values["mfu"] == flops / 2 / 1e9 < values["hfu"] == twice_forward / 2 / 1e9
 
 
 def test_flops_of_adapters_and_of_frozen_parts():
@@ -178,7 +179,8 @@ def test_every_metric_is_described_once():
 def test_trackers_are_told_every_number_under_its_group():
     record = {"step": 3, "loss": 1.5, "codebook_losses": [2.0, None], "mfu": None, "eval_loss": 4.0, "mine": 7,
               "eos_targets": 9, "alarm": ["!"]}  # fmt: skip
-    assert dict(scalars(record)) == {"loss/loss": 1.5, "loss/codebook_losses/0": 2.0, "eval_loss/loss": 4.0, "other/mine": 7}
+    expected = {"loss/loss": 1.5, "loss/codebook_losses/0": 2.0, "eval_loss/loss": 4.0, "other/mine": 7}
+    assert dict(scalars(record)) == expected
 
 
 def run_in(folder) -> SimpleNamespace:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -83,7 +84,10 @@ def profiled(tmp_path, doing, wanted, start=0, total=9, until=None) -> list[str]
     said: list[str] = []
     alone = World(0, 0, 1, torch.device("cpu"))
     settings = SimpleNamespace(profile_steps=wanted)
-    run = SimpleNamespace(settings=settings, world=alone, output_dir=tmp_path, total=total, say=said.append)
+    run = SimpleNamespace(
+        settings=settings, world=alone, output_dir=tmp_path, total=total, say=said.append,
+        meter=SimpleNamespace(paused=nullcontext),
+    )  # fmt: skip
     profiler, until = Profiler(), until or total
     profiler.on_start(run, start)
     for step in range(start + 1, until + 1):
