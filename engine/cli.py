@@ -395,6 +395,17 @@ exit code 0: training may begin; 2: something would make it fail, and each failu
 """
 
 
+def report(argv: list[str]) -> None:
+    """Writes a run's report: curves, speech, settings, checkpoints in one HTML file."""
+    parser = _parser("report", report)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output folder of a run, also while it goes on")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    args = parser.parse_args(argv)
+    from engine.report.page import write_report
+
+    print(f"report written to {write_report(args.run, args.out)}")
+
+
 def demo(argv: list[str]) -> None:
     """Trains a small random Higgs on speech-like data that it makes itself, end to end, in about a minute."""
     parser = _parser("demo", demo)
@@ -445,5 +456,6 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "inspect": inspect,
     "convert-checkpoint": convert_checkpoint,
     "doctor": doctor,
+    "report": report,
     "demo": demo,
 }

@@ -34,6 +34,7 @@ from engine.observe.stragglers import Stragglers
 from engine.observe.trackers import Trackers
 from engine.on_all_processes import on_all_processes
 from engine.plan.activations import Row, longest_row
+from engine.report.writer import ReportWriter
 from engine.run_checkpoints import RunCheckpoints
 from engine.run_data import RunData
 from engine.runtime import activity, garbage
@@ -139,6 +140,7 @@ class Run:
                 members.append(Sampler())
             if settings.profile_steps is not None:
                 members.append(Profiler())
+            members.append(ReportWriter())  # after those whose files it reads
         except Exception as failure:
             error = failure
         raise_together(self.world, error)

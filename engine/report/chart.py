@@ -82,8 +82,10 @@ class Chart:
         for series in shown:
             first, low, high = series.points[0], min(series.values), max(series.values)
             parts.append(
-                f"{series.label}: {number(first[1], self.unit)} at step {first[0]:,.0f}, {number(series.last, self.unit)} "
-                f"at step {series.points[-1][0]:,.0f}, lowest {number(low, self.unit)}, highest {number(high, self.unit)}"
+                f"{series.label}: {number(first[1], self.unit)} at step {first[0]:,.0f}, "
+                f"{number(series.last, self.unit)} "
+                f"at step {series.points[-1][0]:,.0f}, "
+                f"lowest {number(low, self.unit)}, highest {number(high, self.unit)}"
             )
         return f"{self.title}. " + "; ".join(parts)
 
@@ -157,7 +159,9 @@ class _Plot:
         for step, kind, words in self.chart.marks:
             if self.left <= step <= self.right:
                 top = 0 if kind == "resumed" else SIDE - 90
-                drawn.append(f'<path class="{kind}" d="M{self.x(step)} {top}V{SIDE}"><title>{text(words)}</title></path>')
+                drawn.append(
+                    f'<path class="{kind}" d="M{self.x(step)} {top}V{SIDE}"><title>{text(words)}</title></path>'
+                )
         return "".join(drawn)
 
     def _labels(self) -> str:

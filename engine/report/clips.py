@@ -39,9 +39,12 @@ class Clip:
     peaks: tuple[float, ...]
 
     def picture(self) -> str:
-        drawn = "".join(f"M{i} {50 - 49 * max(p, 0.02):.0f}V{50 + 49 * max(p, 0.02):.0f}" for i, p in enumerate(self.peaks))
+        drawn = "".join(
+            f"M{i} {50 - 49 * max(p, 0.02):.0f}V{50 + 49 * max(p, 0.02):.0f}" for i, p in enumerate(self.peaks)
+        )
         view = f"-1 0 {COLUMNS + 1} 100"
-        return f'<svg class="wave" viewBox="{view}" preserveAspectRatio="none" aria-hidden="true"><path d="{drawn}"/></svg>'
+        about = f'viewBox="{view}" preserveAspectRatio="none" aria-hidden="true"'
+        return f'<svg class="wave" {about}><path d="{drawn}"/></svg>'
 
 
 @lru_cache(maxsize=512)
@@ -108,7 +111,11 @@ class Clips:
         """
         clip = self._held.get((folder / name).resolve()) if name else None
         if clip is None:
-            return f'<p class="gone"><a href="{text(link)}">{text(Path(link).name)}</a>, not in this page</p>' if name else ""
+            return (
+                f'<p class="gone"><a href="{text(link)}">{text(Path(link).name)}</a>, not in this page</p>'
+                if name
+                else ""
+            )
         return (
             f'{clip.picture()}<audio controls preload="none" src="{clip.address}" aria-label="{text(label)}"></audio>'
         )

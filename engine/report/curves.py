@@ -115,7 +115,7 @@ def _small_multiples(runs: Sequence[RunFolder], metric: Metric) -> str:
     values = [value for series in charts.values() for one in series for value in one.values]
     shared = (min(values), max(values)) if values else None
     drawn = (
-        Chart(f"codebook {number}", series, metric.unit, values=shared, steps=_steps(runs), small=True).html()
+        Chart(f"book {number}", series, metric.unit, values=shared, steps=_steps(runs), small=True).html()
         for number, series in charts.items()
     )
     keys = {(one.label, one.colour, one.dots) for series in charts.values() for one in series}

@@ -1,7 +1,7 @@
 """Speech to listen to: a row for each prompt, with its reference, its target and the samples of each round.
 
-    Prompt 1 “The birch canoe …”
-    [reference] [target] [step 500] [step 1,000] …
+Prompt 1 “The birch canoe …”
+[reference] [target] [step 500] [step 1,000] …
 """
 
 import os
@@ -37,25 +37,11 @@ def players(run: RunFolder, clips: Clips, beside: Path) -> str:
     shown = chosen(rounds)
     prompts = sorted({prompt for one in shown for prompt in one.samples})[:MOST_PROMPTS]
     _hold(run, clips, shown, prompts)
-    rows = [_prompt_row(prompt, [(run, one, f"step {one.step:,}") for one in shown], clips, beside) for prompt in prompts]
+    rows = [
+        _prompt_row(prompt, [(run, one, f"step {one.step:,}") for one in shown], clips, beside) for prompt in prompts
+    ]
     notes = [f"{len(rounds)} rounds were spoken, {len(shown)} of them are shown."] if len(shown) < len(rounds) else []
     return _grid(rows, [*notes, *_left_out(clips)])
-
-
-def players_of_several(runs: Sequence[RunFolder], clips: Clips, beside: Path) -> str:
-    """The last samples of each run side by side, where they were asked to say the same."""
-    last = [(run, rounds[-1]) for run in runs if (rounds := rounds_of(run.samples))]
-    texts: dict[str, list[tuple[RunFolder, Round, int]]] = {}
-    for run, one in last:
-        for prompt, sample in one.samples.items():
-            texts.setdefault(str(sample.get("text")), []).append((run, one, prompt))
-    for run, one in last:
-        _hold(run, clips, [one], list(one.samples))
-    rows = []
-    for number_, found in enumerate(list(texts.values())[:MOST_PROMPTS]):
-        cells = [(run, Round(one.step, {number_: one.samples[p]}), f"{run.name}, step {one.step:,}") for run, one, p in found]
-        rows.append(_prompt_row(number_, cells, clips, beside))
-    return _grid(rows, _left_out(clips))
 
 
 def _hold(run: RunFolder, clips: Clips, shown: Sequence[Round], prompts: Sequence[int]) -> None:
@@ -73,7 +59,9 @@ def _first(rounds: Sequence[Round], prompt: int, kind: str) -> str | None:
 def _left_out(clips: Clips) -> list[str]:
     notes = [f"{text(note)}." for note in clips.notes]
     if clips.left_out:
-        notes.append(f"{len(clips.left_out)} recording(s) are linked, not held, to keep this page small enough to send.")
+        notes.append(
+            f"{len(clips.left_out)} recording(s) are linked, not held, to keep this page small enough to send."
+        )
     return notes
 
 

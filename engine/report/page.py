@@ -1,0 +1,123 @@
+"""The report of a run as one HTML file that fetches nothing."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.observe.sizes import binary_size
+from engine.report.clips import Clips
+from engine.report.curves import curves, title_of
+from engine.report.html import folded, joined, key_numbers, section, table, text
+from engine.report.numbers import duration, number
+from engine.report.players import players
+from engine.report.rounds import rounds_of, score_table
+from engine.report.run_folder import RunFolder, read_run
+from engine.report.style import STYLE
+
+HELD_OUT = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
+UNITS = {"text_accuracy": "share", "audio_accuracy": "share", "eos_accuracy": "share"}
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Writes RUN_DIR/report.html, or `out`; whole or not at all.
+
+    Raises:
+        DataError: it is no folder of a run.
+        OSError: the file cannot be written.
+    """
+    out = (out or folder / "report.html").resolve()
+    draft = out.with_name(f".{out.name}.draft")
+    draft.write_text(page(read_run(folder), out.parent), encoding="utf-8")
+    os.replace(draft, out)
+    return out
+
+
+def page(run: RunFolder, beside: Path) -> str:
+    """`beside`: folder of the page, from which files are linked."""
+    done, total = run.steps
+    state = f"step {done:,}" + (f" of {total:,}" if total else "") + (", complete" if done == total else "")
+    body = [
+        f"<header><h1>{text(run.name)}</h1><p class='about'>{state}</p></header>",
+        _key_numbers(run),
+        section("warnings", "Warnings", _list(_warnings(run))),
+        section("samples", "Speech", players(run, Clips(), beside) + score_table(rounds_of(run.samples))),
+        section("curves", "Curves", curves([run])),
+        section("evaluations", "Held-out data", _evaluations(run)),
+        section("checkpoints", "Checkpoints", _checkpoints(run)),
+        section("starts", "Starts", _starts(run)),
+        section("settings", "Settings", _settings(run)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(run.name)}: training report</title><style>{STYLE}</style></head>\n"
+        f"<body><main>\n{joined(body)}\n</main></body></html>\n"
+    )
+
+
+def _key_numbers(run: RunFolder) -> str:
+    last, metrics = run.metrics.last, run.metrics
+    found = [("time in steps", duration(metrics.seconds()), "")]
+    units = {"loss": "nats", "tokens_per_second": "tokens/s", "memory_peak_gib": "GiB", "audio_hours_seen": "h"}
+    for name, unit in units.items():
+        points = metrics.points(name)
+        found.append((title_of(name).lower(), number(points[-1][1] if points else None, unit), ""))
+    if points := metrics.points("eval_loss"):
+        step, value = min(points, key=lambda point: point[1])
+        found.append(("best held-out loss", number(value, "nats"), f"at step {step:,.0f}"))
+    found.append(("skipped steps", f"{len(run.skipped):,}", ""))
+    return key_numbers(found) if last else ""
+
+
+def _warnings(run: RunFolder) -> Iterator[str]:
+    yield from run.notes
+    yield from (f"step {step:,.0f}: {line}" for step, line in run.metrics.alarms)
+    yield from (f"step {line.get('step')} was skipped: {line.get('reason')}" for line in run.skipped)
+    for name, lines in run.dropped.items():
+        yield from ([f"{len(lines):,} samples of {name} are left out, the first: {lines[0]}"] if lines else [])
+    for sample in run.samples:
+        if sample.get("error"):
+            yield f"sample {sample.get('name')} of step {sample.get('step')}: {sample['error']}"
+
+
+def _list(lines: Iterator[str]) -> str:
+    items = [f"<li>{text(line)}</li>" for line in lines]
+    return f"<ul>{joined(items)}</ul>" if items else ""
+
+
+def _evaluations(run: RunFolder) -> str:
+    points = dict(run.metrics.points("eval_loss"))
+    columns = {name: dict(run.metrics.points(f"eval_{name}")) for name in HELD_OUT}
+    columns = {name: values for name, values in columns.items() if values}
+    best = min(points, key=points.get, default=None)
+    rows = [[f"{s:,.0f}", *(number(v.get(s), UNITS.get(n, "")) for n, v in columns.items())] for s in points]
+    heads = ["#step", *(f"#{title_of(name).lower()}" for name in columns)]
+    return table(heads, rows, "held-out losses by step", [n for n, step in enumerate(points) if step == best])
+
+
+def _checkpoints(run: RunFolder) -> str:
+    rows = (
+        [text(c.name), binary_size(c.bytes), number(c.eval_loss, "nats"), f"{c.world_size} × {text(c.backend)}",
+         ", ".join(name for name, target in run.pointers.items() if target == c.name)]
+        for c in run.checkpoints
+    )  # fmt: skip
+    return table(["checkpoint", "#size", "#held-out loss", "written by", ""], rows, "checkpoints")
+
+
+def _starts(run: RunFolder) -> str:
+    names = ("time", "step", "device", "world_size", "hosts", "engine_commit", "versions", "command")
+    rows = ([text(start.get(name)) for name in names] for start in run.starts)
+    return table([name.replace("_", " ") for name in names], rows, "starts of the run")
+
+
+def _settings(run: RunFolder) -> str:
+    from engine.config import FIELDS
+
+    known = {name: field.metadata["default"] for name, field in FIELDS.items()}
+    rows = {name: [text(name), text(value)] for name, value in run.settings.items()}
+    changed = [row for name, row in rows.items() if name not in known or known[name] != run.settings[name]]
+    same = [row for name, row in rows.items() if name in known and known[name] == run.settings[name]]
+    head = ["setting", "value"]
+    return folded(f"{len(changed)} changed", table(head, changed, "changed settings")) + folded(
+        f"{len(same)} as by default", table(head, same, "settings as by default")
+    )
