@@ -396,14 +396,23 @@ exit code 0: training may begin; 2: something would make it fail, and each failu
 
 
 def report(argv: list[str]) -> None:
-    """Writes a run's report: curves, speech, settings, checkpoints in one HTML file."""
+    """Writes a run's report: curves, speech, settings, checkpoints in one HTML file; of several runs, a comparison."""
     parser = _parser("report", report)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="output folder of a run, also while it goes on")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN_DIR", help="output folder of a run, also while it goes on"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html; of several, comparison.html)"
+    )
     args = parser.parse_args(argv)
+    if len(args.runs) > 1:
+        from engine.report.comparison import write_comparison
+
+        print(f"comparison written to {write_comparison(args.runs, args.out or Path('comparison.html'))}")
+        return
     from engine.report.page import write_report
 
-    print(f"report written to {write_report(args.run, args.out)}")
+    print(f"report written to {write_report(args.runs[0], args.out)}")
 
 
 def demo(argv: list[str]) -> None:

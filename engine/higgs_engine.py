@@ -60,7 +60,7 @@ class StepResult:
     @property
     def sums(self) -> torch.Tensor:
         """fp32 [1 + C]; sums of cross-entropies: text, then each codebook."""
-        return self.tallies[:-1, 0]
+        return self.tallies[:-1, 0].contiguous()
 
 
 class HiggsEngine:
@@ -151,7 +151,7 @@ class HiggsEngine:
         Raises:
             ValueError: there are fewer or more batches than `rounds`.
         """
-        return self._accumulate(batches, targets)[0][:-1, 0]
+        return self._accumulate(batches, targets)[0][:-1, 0].contiguous()
 
     def _no_tallies(self) -> torch.Tensor:
         return torch.zeros(self.config.num_codebooks + 2, 3, device=self.world.device)

@@ -72,7 +72,10 @@ def test_hooks_are_told_in_order_and_a_run_ends_when_nothing_gets_better(demo, t
     (start,) = map(json.loads, (out / "starts.jsonl").read_text().splitlines())
     assert start["step"] == 0 and start["total_steps"] == 9 and start["resumed_from"] is None
     assert start["data"]["train"]["samples"] + start["data"]["eval"]["samples"] == 20
-    assert sum(start["data"]["train"]["histograms"]["tokens"]["counts"]) == start["data"]["train"]["samples"]
+    tokens = start["data"]["train"]["lengths"]["tokens"]
+    samples = start["data"]["train"]["samples"]
+    assert tokens["count"] == sum(tokens["histogram"]["counts"]) + tokens["histogram"]["above"] == samples
+    assert tokens["mean"] * samples == pytest.approx(start["data"]["train"]["tokens"])
     assert start["model"]["trained"] == start["model"]["parameters"] > 10**6
 
 

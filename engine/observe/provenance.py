@@ -11,7 +11,6 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -19,10 +18,10 @@ from engine.callbacks import Callback
 from engine.checkpoint.manifest import versions
 from engine.config_checks import REPOSITORY
 from engine.data.dataset import Dataset
+from engine.data.distribution import describe
 from engine.data.encoder import FRAMES_PER_SECOND
 
 FILE = "starts.jsonl"
-BINS = 30
 
 
 class Provenance(Callback):
@@ -49,7 +48,7 @@ class Provenance(Callback):
             "command": shlex.join(sys.argv),
             "model": {"path": run.settings.model_path, **_parameters(run.engine)},
             "summary": list(run.summary),
-            "data": {"train": describe(run.data.train), "eval": held_out and describe(held_out.data)},
+            "data": {"train": described(run.data.train), "eval": held_out and described(held_out.data)},
         }
         with (run.output_dir / FILE).open("a") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -78,18 +77,12 @@ def _parameters(engine) -> dict[str, int]:
     }
 
 
-def describe(data: Dataset) -> dict:
-    """Size of a set, and how long its samples are: in tokens, and in seconds of speech, references included."""
+def described(data: Dataset) -> dict:
+    """Size of a set, and the distribution of its samples' seconds of speech, references included, and of tokens."""
     seconds = data.audio_frames / FRAMES_PER_SECOND
     return {
         "samples": len(data),
         "tokens": int(data.lengths.sum()),
         "audio_hours": float(seconds.sum()) / 3600,
-        "histograms": {"seconds": histogram(seconds), "tokens": histogram(data.lengths)},
+        "lengths": {"seconds": describe(seconds), "tokens": describe(data.lengths)},
     }
-
-
-def histogram(values: np.ndarray) -> dict[str, list[float]]:
-    """`BINS` equal bins from 0 to the largest value: edges [BINS + 1] and counts [BINS]."""
-    counts, edges = np.histogram(values, bins=BINS, range=(0, max(float(values.max()), 1e-9)))
-    return {"edges": edges.round(4).tolist(), "counts": counts.tolist()}

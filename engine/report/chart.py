@@ -28,7 +28,7 @@ FLAT_LOG = 30.0
 class Chart:
     """
     Attributes:
-        meaning: a sentence below the title.
+        meaning: a sentence below the plot.
         series: those without points are left out.
         from_zero: the axis of values begins at 0.
         may_be_log: powers of ten on the axis where few values tower over the rest.
@@ -124,7 +124,7 @@ class _Plot:
         lines = "".join(self._line(series) for series in self.shown)
         label = text(self.chart.described(self.shown))
         return (
-            f'<div class="plot" tabindex="0" role="img" aria-label="{label}">'
+            f'<div class="plot" tabindex="0" role="img" aria-label="{label}" data-steps="{self.left:g} {self.right:g}">'
             f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">'
             f'<path class="grid" d="{grid}"/>{self._marks()}{lines}</svg>{self._labels()}</div>'
         )

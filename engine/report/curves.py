@@ -19,7 +19,13 @@ TITLES = {
     "memory_gib": "memory", "mfu": "MFU and HFU", "data_share": "time waiting", "hfu": "HFU", "eos_loss": "EOS loss",
     "eos_accuracy": "EOS accuracy", "grad_norm": "gradient norm", "tflops_per_gpu": "TFLOP/s per GPU",
     "codebook_losses": "loss of each codebook", "codebook_accuracies": "accuracy of each codebook",
+    "tokens_per_second_per_gpu": "tokens per second per GPU",
+    "audio_seconds_per_second_per_gpu": "audio seconds per second per GPU",
 }  # fmt: skip
+APART = {"memory_peak_gib": "memory peak", "mfu": "MFU", "data_share": "time waiting for data",
+         "communication_share": "time in communication"}  # fmt: skip
+"""Titles where several runs are compared, and each of `TOGETHER` has a chart for itself."""
+
 LABELS = {"memory_gib": "now", "memory_peak_gib": "peak", "data_share": "for data", "mfu": "MFU",
           "communication_share": "for communication", "hfu": "HFU"}  # fmt: skip
 FREE_BELOW = ("loss", "accuracy")
@@ -33,8 +39,9 @@ def curves(runs: Sequence[RunFolder]) -> str:
     return joined(_group(runs, group) for group in GROUPS if group != NOT_DRAWN)
 
 
-def title_of(name: str) -> str:
-    title = TITLES.get(name, name.replace("_", " "))
+def title_of(name: str, alone: bool = True) -> str:
+    """`alone`: of one run, where metrics share charts."""
+    title = TITLES.get(name, name.replace("_", " ")) if alone or name not in APART else APART[name]
     return title[0].upper() + title[1:]
 
 
@@ -51,12 +58,12 @@ def _group(runs: Sequence[RunFolder], group: str) -> str:
         if not series:
             continue
         if group not in FREE_BELOW and not any(value for one in series for value in one.values):
-            zero.append(f"<b>{text(title_of(metric.name).lower())}</b> is 0 throughout.")
+            zero.append(f"<b>{text(title_of(metric.name, len(runs) == 1).lower())}</b> is 0 throughout.")
         else:
             charts.append(_chart(runs, metric, series).html())
     if not charts and not rows and not zero:
         return ""
-    about = f"{text(GROUPS[group])}. {' '.join(zero)}"
+    about = f"{text(GROUPS[group][0].upper() + GROUPS[group][1:])}. {' '.join(zero)}"
     grid = f'<div class="charts">{joined(charts)}</div>' if charts else ""
     return f'<h3>{group.capitalize()}</h3><p class="about">{about}</p>{grid}{joined(rows)}'
 
@@ -88,7 +95,7 @@ def _chart(runs: Sequence[RunFolder], metric: Metric, series: list[Series]) -> C
         if metric.name in ("grad_norm", "loss"):
             marks += [(line["step"], "skipped", f"step {line['step']} was skipped") for line in skipped_lines(runs[0])]
     return Chart(
-        title_of(metric.name), series, metric.unit, _meaning(metric),
+        title_of(metric.name, len(runs) == 1), series, metric.unit, _meaning(metric, len(runs) == 1),
         from_zero=metric.group not in FREE_BELOW, may_be_log=metric.name == "grad_norm", marks=marks,
         steps=_steps(runs),
     )  # fmt: skip
@@ -98,9 +105,9 @@ def skipped_lines(run: RunFolder) -> list[dict]:
     return [line for line in run.skipped if type(line.get("step")) is int]
 
 
-def _meaning(metric: Metric) -> str:
+def _meaning(metric: Metric, alone: bool = True) -> str:
     better = {True: "; more is better", False: "", None: ""}[metric.higher_is_better]
-    other = TOGETHER.get(metric.name)
+    other = TOGETHER.get(metric.name) if alone else None
     partner = next((f"; {LABELS[other]}: {one.meaning}" for one in METRICS if one.name == other), "")
     return metric.meaning[0].upper() + metric.meaning[1:] + partner + better * (metric.group == "accuracy") + "."
 

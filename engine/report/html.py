@@ -1,8 +1,12 @@
 """Pieces of HTML. Whatever comes from a run goes through `text`, so that a name or a sentence is never markup."""
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
+
+from engine.report.script import SCRIPT
+from engine.report.style import STYLE
 
 
 def text(value: Any) -> str:
@@ -12,6 +16,23 @@ def text(value: Any) -> str:
 
 def joined(parts: Iterable[str]) -> str:
     return "\n".join(part for part in parts if part)
+
+
+def contents(sections: Iterable[str]) -> str:
+    """Links to those parts of the page that it has."""
+    found = (re.match(r'<section id="(\w+)"><h2>(.*?)</h2>', part) for part in sections)
+    links = " ".join(f'<a href="#{match[1]}">{match[2]}</a>' for match in found if match)
+    return f'<nav>{links}<button class="theme" type="button" hidden>light or dark</button></nav>'
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """The whole file."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>\n{joined(body)}\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
 
 
 def section(name: str, title: str, body: str, about: str = "") -> str:

@@ -7,14 +7,21 @@ from pathlib import Path
 from engine.observe.sizes import binary_size
 from engine.report.clips import Clips
 from engine.report.curves import curves, title_of
-from engine.report.html import folded, joined, key_numbers, section, table, text
+from engine.report.data_section import data_section
+from engine.report.html import contents, document, folded, joined, key_numbers, section, table, text
 from engine.report.numbers import duration, number
 from engine.report.players import players
 from engine.report.rounds import rounds_of, score_table
 from engine.report.run_folder import RunFolder, read_run
-from engine.report.style import STYLE
 
 HELD_OUT = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
+KEY_NUMBERS = {
+    "loss": ("loss", "nats"),
+    "tokens_per_second": ("speed", "tokens/s"),
+    "memory_peak_gib": ("memory, at its peak", "GiB"),
+    "audio_hours_seen": ("speech trained on", "h"),
+}
+CURVES = "Dashed lines: where the run was resumed. Red marks: skipped steps. Over a pale line is its mean."
 UNITS = {"text_accuracy": "share", "audio_accuracy": "share", "eos_accuracy": "share"}
 
 
@@ -36,32 +43,26 @@ def page(run: RunFolder, beside: Path) -> str:
     """`beside`: folder of the page, from which files are linked."""
     done, total = run.steps
     state = f"step {done:,}" + (f" of {total:,}" if total else "") + (", complete" if done == total else "")
-    body = [
-        f"<header><h1>{text(run.name)}</h1><p class='about'>{state}</p></header>",
-        _key_numbers(run),
+    sections = [
         section("warnings", "Warnings", _list(_warnings(run))),
         section("samples", "Speech", players(run, Clips(), beside) + score_table(rounds_of(run.samples))),
-        section("curves", "Curves", curves([run])),
+        section("curves", "Curves", curves([run]), CURVES),
+        section("data", "Data", data_section(run)),
         section("evaluations", "Held-out data", _evaluations(run)),
         section("checkpoints", "Checkpoints", _checkpoints(run)),
         section("starts", "Starts", _starts(run)),
         section("settings", "Settings", _settings(run)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(run.name)}: training report</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{joined(body)}\n</main></body></html>\n"
-    )
+    head = f"<header><h1>{text(run.name)}</h1><p class='about'>{state}</p>{contents(sections)}</header>"
+    return document(f"{run.name}: training report", [head, _key_numbers(run), *sections])
 
 
 def _key_numbers(run: RunFolder) -> str:
     last, metrics = run.metrics.last, run.metrics
     found = [("time in steps", duration(metrics.seconds()), "")]
-    units = {"loss": "nats", "tokens_per_second": "tokens/s", "memory_peak_gib": "GiB", "audio_hours_seen": "h"}
-    for name, unit in units.items():
+    for name, (title, unit) in KEY_NUMBERS.items():
         points = metrics.points(name)
-        found.append((title_of(name).lower(), number(points[-1][1] if points else None, unit), ""))
+        found.append((title, number(points[-1][1] if points else None, unit), ""))
     if points := metrics.points("eval_loss"):
         step, value = min(points, key=lambda point: point[1])
         found.append(("best held-out loss", number(value, "nats"), f"at step {step:,.0f}"))
@@ -105,9 +106,24 @@ def _checkpoints(run: RunFolder) -> str:
 
 
 def _starts(run: RunFolder) -> str:
-    names = ("time", "step", "device", "world_size", "hosts", "engine_commit", "versions", "command")
-    rows = ([text(start.get(name)) for name in names] for start in run.starts)
-    return table([name.replace("_", " ") for name in names], rows, "starts of the run")
+    """When, where and with what; the long words of the newest in a fold-out."""
+    names = ("time", "step", "resumed_from", "world_size", "device", "hosts")
+    heads = ("time", "#from step", "checkpoint", "#processes", "device", "hosts")
+    rows = ([_shown(start.get(name)) for name in names] for start in run.starts)
+    newest = run.starts[-1] if run.starts else {}
+    long = ((name, newest.get(name)) for name in ("model", "versions", "engine_commit", "command"))
+    facts = [[name.replace("_", " "), _shown(value)] for name, value in long if value]
+    about = folded("model, versions and command of the newest", table(["what", "which"], facts, "provenance"))
+    return joined([table(heads, rows, "starts of the run"), about])
+
+
+def _shown(value: object) -> str:
+    """Lists and mappings as people write them."""
+    if isinstance(value, dict):
+        return ", ".join(f"{text(key)} {_shown(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:,}" if type(value) is int else text(value)
 
 
 def _settings(run: RunFolder) -> str:

@@ -97,7 +97,8 @@ def _sample_cell(run: RunFolder, sample: dict | None, head: str, label: str, cli
     file = sample.get("file")
     if not file:
         return _cell(head, f'<p class="gone">{text(sample.get("error") or "not spoken")}</p>', [], "failed")
-    facts = [number(finite(sample.get("seconds")), "s")]
+    length = finite(sample.get("seconds"))
+    facts = [] if length is None else [f"{length:.1f} s"]
     if sample.get("stopped") is False:
         facts.append("<b>did not stop</b>")
     if (wer := score(sample, "wer")) is not None:

@@ -9,6 +9,8 @@ STYLE = (
     f"""
 :root {{ color-scheme: light dark; {_LIGHT} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+:root[data-theme=light] {{ color-scheme: light; {_LIGHT} }}
+:root[data-theme=dark] {{ color-scheme: dark; {_DARK} }}
 """
     + """
 * { box-sizing: border-box; }
@@ -26,11 +28,11 @@ p { margin: 4px 0; } .row { margin-top: 18px; } a { color: var(--c0); } :focus-v
 .multiples { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; }
 @media (max-width: 720px) { .multiples { grid-template-columns: repeat(2, 1fr); } }
 .small h4, .small .now { white-space: nowrap; font-size: .82rem; }
-figcaption { display: flex; justify-content: space-between; gap: 8px; } .now { font-size: .85rem; }
-.plot { position: relative; height: 150px; margin: 10px 6px 22px 40px; } .small .plot { height: 80px; }
+figcaption { display: flex; justify-content: space-between; gap: 8px; } .now { font-size: .85rem; white-space: nowrap; }
+.plot { position: relative; height: 150px; margin: 10px 6px 22px 44px; } .small .plot { height: 80px; }
 .plot svg { position: absolute; width: 100%; height: 100%; overflow: visible; fill: none; }
 .plot path { vector-effect: non-scaling-stroke; }
-.plot span { position: absolute; font-size: 11px; color: var(--soft); }
+.plot span { position: absolute; font-size: 11px; color: var(--soft); white-space: nowrap; }
 .y { right: 100%; transform: translate(-6px, -50%); } .x { top: 100%; transform: translate(-50%, 3px); }
 .grid { stroke: var(--line); } .line { stroke-width: 1.7; } .thin { stroke-width: 1; } .faint { opacity: .35; }
 .dot { stroke-width: 6; stroke-linecap: round; } .resumed { stroke: var(--soft); stroke-dasharray: 3 3; }
@@ -38,8 +40,9 @@ figcaption { display: flex; justify-content: space-between; gap: 8px; } .now { f
 path.c2 { stroke: var(--c2); } path.c3 { stroke: var(--c3); }
 .key::before { content: "━ "; } .key.dotted::before { content: "● "; } .key { margin-right: 10px; }
 .c0::before { color: var(--c0); } .c1::before { color: var(--c1); } .c2::before { color: var(--c2); }
-.c3::before { color: var(--c3); } .strip { display: flex; gap: 12px; overflow-x: auto; padding: 8px 0; }
-.cell { flex: 0 0 210px; } audio { width: 100%; height: 34px; } .wave { width: 100%; height: 32px; display: block; }
+.c3::before { color: var(--c3); } .strip { display: grid; gap: 12px; padding: 8px 0; }
+.strip { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
+audio { width: 100%; height: 34px; } .wave { width: 100%; height: 32px; display: block; }
 .wave path { stroke: var(--c0); vector-effect: non-scaling-stroke; stroke-width: 1.5; }
 .given .wave path { stroke: var(--soft); }
 .gone, .facts b { color: var(--bad); } .scroll { overflow: auto; max-height: 60vh; border: 1px solid var(--line); }
@@ -47,5 +50,15 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-
 th { position: sticky; top: 0; background: var(--panel); text-align: left; }
 th, td { padding: 5px 10px; vertical-align: top; overflow-wrap: anywhere; } td { border-top: 1px solid var(--line); }
 .n { text-align: right; white-space: nowrap; } .marked td { font-weight: 600; } summary { cursor: pointer; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 8px 0; font-size: .88rem; }
+.theme { margin-left: auto; font: inherit; color: inherit; background: var(--panel); cursor: pointer; }
+.theme { border: 1px solid var(--line); border-radius: 4px; }
+.two { grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); margin-top: 12px; }
+.histogram svg { width: 100%; height: auto; font-size: 11px; } .histogram text { fill: var(--soft); }
+.histogram .bar { fill: var(--c0); } .histogram .above { fill: var(--soft); }
+.histogram line.grid, .histogram .axis { stroke: var(--line); }
+.histogram .mark { stroke: var(--c1); stroke-dasharray: 4 3; }
+.tip { display: none; position: fixed; top: 0; left: 0; z-index: 1; pointer-events: none; white-space: pre; }
+.tip { padding: 4px 8px; border-radius: 4px; background: var(--ink); color: var(--ground); font-size: 12px; }
 """
 )

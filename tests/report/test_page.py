@@ -48,7 +48,7 @@ def test_the_page(run):
     done("report", run)
     html = (run / "report.html").read_text()
     parsed = Balance(html)
-    assert parsed.seen["script"] == 0 and "".join(parsed.text).count(HOSTILE) >= 5
+    assert parsed.seen["script"] == 1 and "".join(parsed.text).count(HOSTILE) >= 5
     assert "6.1 nats" in html and "90:6.1 " in html or '90:6.1"' in html
     assert "25.0 %" in html, "one word of four is wrong"
     assert "0.50 ×" in html, "two seconds where the target has four"
