@@ -118,13 +118,17 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done meanwhile (an evaluation, a save, ...) takes no time of the steps. Waits for the device."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = self._now()
         try:
             yield
         finally:
             self._paused += time.perf_counter() - began
+
+    def _now(self) -> float:
+        """When the device has done all that it was given."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def read(self, step: int) -> dict:
         """Metrics since the last reading, `grad_norm` of the last step that counted; every process must ask.
@@ -132,14 +136,16 @@ class Meter:
         Args:
             step: the last one added, counted from 1.
         """
-        sums = torch.cat([self._tallies.flatten(), self._tallies.new_tensor([self._positions])])
+        elapsed = self._now() - self._started
+        mine = self._tallies.new_tensor([self._positions, elapsed, elapsed - self._paused])
+        sums = torch.cat([self._tallies.flatten(), mine])
         if self.world.size > 1:
             dist.all_reduce(sums)
-        *sums, positions = sums.tolist()
+        *sums, positions, elapsed, seconds = sums.tolist()
+        elapsed, seconds = elapsed / self.world.size, seconds / self.world.size  # one clock for all: hooks act on it
         tallies = [sums[at : at + 3] for at in range(0, len(sums), 3)]
         verdicts = torch.stack(self._verdicts).tolist()
-        sizes, elapsed = self._sizes, time.perf_counter() - self._started
-        seconds = elapsed - self._paused
+        sizes = self._sizes
         counted = [size for size, (skipped, _) in zip(sizes, verdicts, strict=True) if not skipped]
         norms = [norm for skipped, norm in verdicts if not skipped]
         values = self._heads(tallies, total(counted, self.config.num_codebooks), bool(counted))

@@ -26,6 +26,9 @@ class Stragglers(Callback):
 
     def on_start(self, run, step):
         self._steps, self._before = 0, _seconds()
+        self._hosts = [socket.gethostname()] * run.world.size
+        if run.world.size > 1:
+            dist.all_gather_object(self._hosts, socket.gethostname())
 
     def on_step(self, run, step, result):
         self._steps += 1
@@ -39,13 +42,9 @@ class Stragglers(Callback):
             return
         everyone = [torch.empty_like(mine) for _ in range(run.world.size)]
         dist.all_gather(everyone, mine)
-        hosts: list[str] = [""] * run.world.size
-        found = slow([row.tolist() for row in everyone], values["seconds_per_step"])
-        if found:
-            dist.all_gather_object(hosts, socket.gethostname())
-        for phase, rank, worst, median in found:
+        for phase, rank, worst, median in slow([row.tolist() for row in everyone], values["seconds_per_step"]):
             run.say(
-                f"slow: rank {rank} ({hosts[rank]}) takes {worst:.2f} s of each step for {phase}, the others "
+                f"slow: rank {rank} ({self._hosts[rank]}) takes {worst:.2f} s of each step for {phase}, the others "
                 f"{median:.2f} s"
             )
 

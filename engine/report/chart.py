@@ -168,12 +168,18 @@ class _Plot:
         unit = self.chart.unit
         labels = [(value, tick(value, self.step or value, unit)) for value in self.ticks]
         parts = [f'<span class="y" style="top:{self.y(value) / SIDE:.1%}">{label}</span>' for value, label in labels]
-        step = max(1.0, round_step((self.right - self.left) / (2 if self.chart.small else 4)))
-        first = math.ceil(self.left / step - 1e-9)
-        for n in range(first, math.floor(self.right / step + 1e-9) + 1):
-            at = f"left:{self.x(n * step) / SIDE:.1%}"
-            parts.append(f'<span class="x" style="{at}">{tick(n * step, step)}</span>')
+        for at, step in self._step_ticks():
+            parts.append(f'<span class="x" style="left:{self.x(at) / SIDE:.1%}">{tick(at, step)}</span>')
         return "".join(parts)
+
+    def _step_ticks(self) -> list[tuple[float, float]]:
+        """(place, distance of places) of two ticks at least, where there are two steps."""
+        for parts in (2, 3, 4) if self.chart.small else (4,):
+            step = max(1.0, round_step((self.right - self.left) / parts))
+            first, last = math.ceil(self.left / step - 1e-9), math.floor(self.right / step + 1e-9)
+            if last > first:
+                break
+        return [(n * step, step) for n in range(first, last + 1)]
 
 
 def running_means(points: Sequence[Point], places: int = 100) -> tuple[Point, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.report.clips import LARGEST, Clips
 from engine.report.html import joined, text
-from engine.report.players import MOST_PROMPTS, _cell, _grid, _left_out, _link, _sample_cell
+from engine.report.players import MOST_PROMPTS, cell, grid, left_out, link, sample_cell
 from engine.report.rounds import rounds_of
 from engine.report.run_folder import RunFolder
 from engine.untrusted import path_within
@@ -46,7 +46,7 @@ def common_prompts(runs: Sequence[RunFolder], clips: Clips, beside: Path) -> str
     drawn = [_row(spoken, given[spoken], row, clips, beside) for spoken, row in rows.items()]
     rest = len(times) - len(common)
     notes = [f"{rest} more text(s) are not shown: one run alone has spoken them, or this page is full."] if rest else []
-    return _grid(drawn, [*notes, *_left_out(clips)])
+    return grid(drawn, [*notes, *left_out(clips)])
 
 
 def newest_samples(run: RunFolder) -> dict[Spoken, dict]:
@@ -91,12 +91,12 @@ def _row(
     parts = []
     for kind, run, file in given:
         head = kind.capitalize() + (f" of {run.name}" if kinds[kind] > 1 else "")
-        player = clips.player(run.folder, file, _link(run, file, beside), f"{head}: {spoken[0]}")
-        parts.append(_cell(head, player, [], "given"))
+        player = clips.player(run.folder, file, link(run, file, beside), f"{head}: {spoken[0]}")
+        parts.append(cell(head, player, [], "given"))
     for colour, (run, sample) in enumerate(row):
         head = f"{run.name}, step {sample['step']:,}" if sample else run.name
-        cell = _sample_cell(run, sample, head, f"{head}: {spoken[0]}", clips, beside)
-        parts.append(f'<div class="of c{colour}">{cell}</div>')
+        its = sample_cell(run, sample, head, f"{head}: {spoken[0]}", clips, beside)
+        parts.append(f'<div class="of c{colour}">{its}</div>')
     return (
         f'<article class="prompt"><h4><q dir="auto">{text(spoken[0])}</q></h4>'
         f'<div class="strip" tabindex="0" role="region" aria-label="{text(f"Recordings of {spoken[0]}")}">'

@@ -41,7 +41,7 @@ def players(run: RunFolder, clips: Clips, beside: Path) -> str:
         _prompt_row(prompt, [(run, one, f"step {one.step:,}") for one in shown], clips, beside) for prompt in prompts
     ]
     notes = [f"{len(rounds)} rounds were spoken, {len(shown)} of them are shown."] if len(shown) < len(rounds) else []
-    return _grid(rows, [*notes, *_left_out(clips)])
+    return grid(rows, [*notes, *left_out(clips)])
 
 
 def _hold(run: RunFolder, clips: Clips, shown: Sequence[Round], prompts: Sequence[int]) -> None:
@@ -56,7 +56,7 @@ def _first(rounds: Sequence[Round], prompt: int, kind: str) -> str | None:
     return next((name for one in rounds if (name := one.samples.get(prompt, {}).get(kind))), None)
 
 
-def _left_out(clips: Clips) -> list[str]:
+def left_out(clips: Clips) -> list[str]:
     notes = [f"{text(note)}." for note in clips.notes]
     if clips.left_out:
         notes.append(
@@ -65,7 +65,7 @@ def _left_out(clips: Clips) -> list[str]:
     return notes
 
 
-def _grid(rows: list[str], notes: list[str]) -> str:
+def grid(rows: list[str], notes: list[str]) -> str:
     if not rows:
         return ""
     return f'<div class="prompts">{joined(rows)}</div>' + "".join(f'<p class="about">{note}</p>' for note in notes)
@@ -79,11 +79,11 @@ def _prompt_row(prompt: int, cells: list[tuple[RunFolder, Round, str]], clips: C
     parts = []
     for kind in ("reference", "target"):
         if file := _first([one for _, one, _ in with_it], prompt, kind):
-            player = clips.player(run.folder, str(file), _link(run, str(file), beside), f"{name}, {kind}")
+            player = clips.player(run.folder, str(file), link(run, str(file), beside), f"{name}, {kind}")
             length = number(finite(about.get("target_seconds")), "s") if kind == "target" else ""
-            parts.append(_cell(kind.capitalize(), player, [length] if about.get("target_seconds") else [], "given"))
+            parts.append(cell(kind.capitalize(), player, [length] if about.get("target_seconds") else [], "given"))
     for run, one, label in cells:
-        parts.append(_sample_cell(run, one.samples.get(prompt), label, f"{name}, {label}", clips, beside))
+        parts.append(sample_cell(run, one.samples.get(prompt), label, f"{name}, {label}", clips, beside))
     label = text(f"Recordings of {name}")
     return (
         f'<article class="prompt"><h4><small>{text(name)}</small> <q dir="auto">{text(about.get("text"))}</q></h4>'
@@ -91,12 +91,12 @@ def _prompt_row(prompt: int, cells: list[tuple[RunFolder, Round, str]], clips: C
     )
 
 
-def _sample_cell(run: RunFolder, sample: dict | None, head: str, label: str, clips: Clips, beside: Path) -> str:
+def sample_cell(run: RunFolder, sample: dict | None, head: str, label: str, clips: Clips, beside: Path) -> str:
     if sample is None:
-        return _cell(head, '<p class="gone">not spoken</p>', [])
+        return cell(head, '<p class="gone">not spoken</p>', [])
     file = sample.get("file")
     if not file:
-        return _cell(head, f'<p class="gone">{text(sample.get("error") or "not spoken")}</p>', [], "failed")
+        return cell(head, f'<p class="gone">{text(sample.get("error") or "not spoken")}</p>', [], "failed")
     length = finite(sample.get("seconds"))
     facts = [] if length is None else [f"{length:.1f} s"]
     if sample.get("stopped") is False:
@@ -107,15 +107,15 @@ def _sample_cell(run: RunFolder, sample: dict | None, head: str, label: str, cli
         facts.append(f"similarity {similarity:.2f}")
     scores = sample.get("scores")
     heard = scores.get("transcript") if isinstance(scores, dict) else None
-    player = clips.player(run.folder, str(file), _link(run, str(file), beside), label)
-    return _cell(head, player, facts, heard=heard)
+    player = clips.player(run.folder, str(file), link(run, str(file), beside), label)
+    return cell(head, player, facts, heard=heard)
 
 
-def _cell(head: str, player: str, facts: list[str], kind: str = "", heard: object = None) -> str:
+def cell(head: str, player: str, facts: list[str], kind: str = "", heard: object = None) -> str:
     told = f'<p class="facts">{" · ".join(facts)}</p>' if facts else ""
     heard = f'<p class="heard" dir="auto">heard: {text(heard)}</p>' if heard else ""
     return f'<div class="cell {kind}"><h5>{text(head)}</h5>{player}{told}{heard}</div>'
 
 
-def _link(run: RunFolder, name: str, beside: Path) -> str:
+def link(run: RunFolder, name: str, beside: Path) -> str:
     return quote(os.path.relpath(run.folder / name, beside).replace(os.sep, "/"))
