@@ -18,7 +18,6 @@ from engine.data.batches import Step
 from engine.data.packing import PackedBatch
 from engine.doctor.preflight import preflight, require
 from engine.errors import CheckpointError
-from engine.evaluate.sampler import Sampler
 from engine.exit_codes import DONE, STOPPED
 from engine.higgs_engine import HiggsEngine
 from engine.model.weights import WeightFiles
@@ -137,6 +136,8 @@ class Run:
             if settings.early_stopping_patience is not None:
                 members.append(EarlyStopping(settings.early_stopping_patience))
             if settings.sample_every is not None:
+                from engine.evaluate.sampler import Sampler  # half a second of imports, for runs that speak
+
                 members.append(Sampler())
             if settings.profile_steps is not None:
                 members.append(Profiler())

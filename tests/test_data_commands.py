@@ -232,7 +232,7 @@ def test_conversion_refuses_what_it_would_lose(tmp_path):
 def test_every_command_has_help(name):
     code, said, _ = command(name, "--help")
     assert code == 0 and f"higgs-engine {name}" in said
-    settings = {"train", "prepare", "validate", "plan", "doctor"}
+    settings = {"train", "prepare", "evaluate", "validate", "plan", "doctor"}
     assert ("--data_weights" in said) == (name in settings)
     own = {"prepare": "--out", "validate": "--show ROW", "convert": "ljspeech", "demo": "--recordings"}
     assert own.get(name, "--") in said

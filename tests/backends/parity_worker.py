@@ -105,8 +105,9 @@ def run(case: str, model: str, world) -> dict[str, np.ndarray]:
         targets = Targets(sum(s.text_targets for s in everything), audio)
         piece = piece_of(settings, world)
         mine = [pack(batch, files.config.audio_token_id, piece) for batch in samples[reader::readers]]
-        # the compiler refuses to work where operations are counted
-        with nullcontext({}) if "-compiled" in case else Collectives() as collectives:
+        # counted once, for it takes time; never compiled, for the compiler refuses to work where operations are counted
+        counts = step == steps - 1 and "-compiled" not in case
+        with Collectives() if counts else nullcontext({}) as collectives:
             sums = engine.accumulate(mine, targets)
         for name, gradient in engine.gradients():
             if step in (0, steps - 1):
