@@ -252,6 +252,8 @@ class Settings:
                 setattr(self, name, [_absolute(path) for path in value if path])
             elif field.metadata["path"] or name in words and value not in words[name]:
                 setattr(self, name, _absolute(value) if value else None)
+        parts = [spec.rpartition(":") for spec in self.callbacks]
+        self.callbacks = [f"{_absolute(file)}:{name}" for file, _, name in parts]
         self.ds_config = find_ds_config(self.ds_config) or self.ds_config
 
     def check(self, found: Iterable[str] = (), excused: Collection[str] = ()) -> None:

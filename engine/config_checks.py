@@ -142,6 +142,9 @@ def path_problems(settings: Any, schema: Schema, excused: Collection[str]) -> It
             )
         elif settings.use_lora:
             yield from differences(adapter, settings)
+    for spec in settings.callbacks:
+        if not os.path.isfile(spec.rpartition(":")[0]):
+            yield f"callbacks: {spec}: there is no such file → give path.py:Class"
     for name in ("asr_model_path", "speaker_model_path"):
         folder = getattr(settings, name)
         if folder and not os.path.isfile(os.path.join(folder, "config.json")):

@@ -7,6 +7,8 @@ import pytest
 
 from engine.callbacks import Callback, Callbacks, load
 from engine.checkpoint.manifest import load_manifest
+from engine.config import SCHEMA, Settings
+from engine.config_checks import path_problems
 from engine.errors import ConfigError
 from engine.observe.early_stopping import EarlyStopping
 from engine.observe.metrics import read_metrics
@@ -125,3 +127,15 @@ def test_several_are_called_in_their_order():
         getattr(both, name)(None, 7, *more)
         assert told == [("first", name, 7, *more), ("second", name, 7, *more)]
         told.clear()
+
+
+def test_hooks_are_named_from_anywhere(tmp_path, monkeypatch):
+    """A relative path means the same when the run is repeated in another folder; one of no file is told at once."""
+    (tmp_path / "hooks.py").write_text(RECORDER)
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(callbacks=["hooks.py:Recorder", "none.py:A"])
+    assert settings.callbacks == [f"{tmp_path}/hooks.py:Recorder", f"{tmp_path}/none.py:A"]
+    problems = [line for line in path_problems(settings, SCHEMA, excused=()) if line.startswith("callbacks")]
+    assert problems == [f"callbacks: {tmp_path}/none.py:A: there is no such file → give path.py:Class"]
+    (found,) = load(settings.callbacks[:1])
+    assert type(found).__name__ == "Recorder"
