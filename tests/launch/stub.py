@@ -65,6 +65,7 @@ def act(arguments, told):
             if heard and "--deaf" not in arguments:
                 time.sleep(1)
                 say(heard=heard, RANK=told["RANK"])
+                time.sleep(2)  # torchrun ends the others when the first has left; by then they have spoken
                 return code
         return 9
     return 0
