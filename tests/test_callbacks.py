@@ -10,8 +10,8 @@ from engine.checkpoint.manifest import load_manifest
 from engine.config import SCHEMA, Settings
 from engine.config_checks import path_problems
 from engine.errors import ConfigError
+from engine.observe import journal
 from engine.observe.early_stopping import EarlyStopping
-from engine.observe.metrics import read_metrics
 from engine.runtime.distributed import World
 from tests.commands import done
 
@@ -63,7 +63,7 @@ def test_hooks_are_told_in_order_and_a_run_ends_when_nothing_gets_better(demo, t
     ]  # fmt: skip
     assert told[0][2] == 9 and told[-1][2] == 0 and all(line[2] for line in told if line[0] == "save")
     assert told[1][2] == told[2][2] > 0, "the same norm on the device and in the log"
-    lines = read_metrics(out / "metrics.jsonl")
+    lines = journal.read(out / "metrics.jsonl")
     assert [line["mine"] for line in lines if "mine" in line] == [0.5, 1.0], "what a hook adds is written down"
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert len(losses) == 3 and len(set(losses)) == 1 and losses[0] == told[3][2]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.observe.metrics import read_metrics
+from engine.observe import journal
 from tests import processes
 from tests.commands import command, done, flags
 
@@ -37,7 +37,7 @@ def settings(demo, parts, **more) -> dict:
 def run(demo, parts, out, *words, **more) -> dict:
     """Trains two steps alone; the last evaluation."""
     done("train", *words, backend="none", output_dir=out, **settings(demo, parts, **more))
-    last = read_metrics(out / "metrics.jsonl")[-1]
+    last = journal.read(out / "metrics.jsonl")[-1]
     return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
 
 

@@ -8,7 +8,6 @@ as it would have without the round. Whatever fails is said, and a line of `sampl
 not fit `sample_budget_s` leaves prompts out.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from engine.callbacks import Callback
-from engine.checkpoint.manifest import write_atomically
 from engine.data.codec import Codec
 from engine.data.prompts import PromptTokenizer
 from engine.errors import ConfigError
@@ -30,6 +28,7 @@ from engine.evaluate.samples import FILE, Heard, Studio, blank, in_short, in_wor
 from engine.evaluate.scores import Scorer
 from engine.evaluate.whole_model import NoCopy, core_of, gathered
 from engine.model.weights import load_tokenizer
+from engine.observe import journal
 from engine.runtime import activity
 from engine.runtime.distributed import raise_together, wait_for_all
 
@@ -81,7 +80,7 @@ class Sampler(Callback):
             raise ConfigError("the settings cannot be used", [line])
         Scorer(settings.asr_model_path, settings.speaker_model_path, run.world.device)  # wrong folders are told now
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        _drop_lines(root / FOLDER / FILE, step)
+        journal.forget_after(root / FOLDER / FILE, step)
         codec = cache(lambda: Codec.load(settings.audio_tokenizer_path, run.world.device))
         tokenize, stream = PromptTokenizer(load_tokenizer(settings.model_path)), stream_of(run.engine.config)
         held_out = run.data.held_out and run.data.held_out.data
@@ -150,14 +149,9 @@ class Sampler(Callback):
             run.say(f"note: sample(s) {which} of step {step}: {why}")
         if run.world.is_main:
             try:
-                _append(run.output_dir / FOLDER / FILE, lines)
+                journal.add(run.output_dir / FOLDER / FILE, lines)
             except OSError as error:
                 run.say(f"note: {FOLDER}/{FILE} could not be written: {error}")
-
-
-def _append(file: Path, lines: list[dict]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def _gathered(lines: list[dict], processes: int) -> list[dict]:
@@ -166,12 +160,3 @@ def _gathered(lines: list[dict], processes: int) -> list[dict]:
     parts: list = [None] * processes
     dist.all_gather_object(parts, lines)
     return [line for part in parts for line in part]
-
-
-def _drop_lines(file: Path, step: int) -> None:
-    """Leaves those up to the step that the run goes on from; of a new run none."""
-    kept = []
-    if step and file.exists():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomically(file, "".join(line + "\n" for line in kept))

@@ -5,7 +5,8 @@ import math
 import torch.distributed as dist
 
 from engine.callbacks import Callback
-from engine.observe.metrics import FILE, read_metrics
+from engine.observe import journal
+from engine.observe.metrics import FILE
 
 
 class EarlyStopping(Callback):
@@ -19,7 +20,7 @@ class EarlyStopping(Callback):
         self.best, self.best_step, self.worse = math.inf, 0, 0
 
     def on_start(self, run, step):
-        lines = read_metrics(run.output_dir / FILE) if run.world.is_main else []
+        lines = journal.read(run.output_dir / FILE) if run.world.is_main else []
         found = [[(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line and line["step"] <= step]]
         if run.world.size > 1:
             dist.broadcast_object_list(found, src=0)

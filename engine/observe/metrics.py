@@ -5,22 +5,20 @@ are means over all targets since the last logged step, over all processes, but f
 names mean: engine/observe/schema.py.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import HiggsAudioV2Config
 
 from engine.callbacks import Callback
-from engine.checkpoint.manifest import write_atomically
 from engine.config import Settings
 from engine.data.encoder import FRAMES_PER_SECOND
 from engine.higgs_engine import StepResult, Targets
 from engine.model.flops import active_adapters, flops_of_sums, peak_flops
+from engine.observe import journal
 from engine.runtime.distributed import World
 from engine.step_size import StepSize, total
 
@@ -207,8 +205,7 @@ class MetricsFile(Callback):
     def on_start(self, run, step):
         self.file = run.output_dir / FILE if run.world.is_main else None
         if self.file is not None:
-            kept = [line for line in read_metrics(self.file) if line["step"] <= step] if step else []
-            write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+            journal.forget_after(self.file, step)
 
     def on_log(self, run, step, values):
         self._write(values)
@@ -219,11 +216,4 @@ class MetricsFile(Callback):
 
     def _write(self, values: dict) -> None:
         if self.file is not None:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps(values) + "\n")
-
-
-def read_metrics(file: Path) -> list[dict]:
-    """The lines of a run's metrics; without those that a killed run left half-written."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+            journal.add(self.file, [values])

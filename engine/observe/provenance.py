@@ -3,7 +3,6 @@
 What is measured means little without it; the report and whoever repeats the run read it.
 """
 
-import json
 import platform
 import shlex
 import socket
@@ -20,6 +19,7 @@ from engine.config_checks import REPOSITORY
 from engine.data.dataset import Dataset
 from engine.data.distribution import describe
 from engine.data.encoder import FRAMES_PER_SECOND
+from engine.observe import journal
 
 FILE = "starts.jsonl"
 
@@ -50,8 +50,7 @@ class Provenance(Callback):
             "summary": list(run.summary),
             "data": {"train": described(run.data.train), "eval": held_out and described(held_out.data)},
         }
-        with (run.output_dir / FILE).open("a") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        journal.add(run.output_dir / FILE, [line])
 
 
 def _device(device: torch.device) -> str:

@@ -3,18 +3,17 @@
 Verdicts stay on the device until a logged step, where all processes read them; the main one writes.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.checkpoint.manifest import write_atomically
 from engine.data.batches import Step
 from engine.data.dataset import Dataset
 from engine.errors import Diverged
 from engine.higgs_engine import StepResult
+from engine.observe import journal
 
 FILE = "skipped_steps.jsonl"
 SEARCHES = 3
@@ -69,9 +68,7 @@ class SkippedSteps:
         self._steps: list[tuple[Step, float]] = []
         self._verdicts: list[torch.Tensor] = []
         if file is not None and file.exists():
-            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= resumed_step]
-            write_atomically(file, "".join(line + "\n" for line in kept))
+            journal.forget_after(file, resumed_step)
 
     def add(self, step: Step, learning_rate: float, result: StepResult) -> None:
         self._steps.append((step, learning_rate))
@@ -99,8 +96,7 @@ class SkippedSteps:
 
     def write(self, records: list[dict]) -> None:
         if self.file is not None and records:
-            with self.file.open("a") as stream:
-                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            journal.add(self.file, records)
 
     def require_progress(self, last_good: float | None) -> None:
         """Raises Diverged, the same on all processes, if there were too many in a row.

@@ -11,8 +11,8 @@ from transformers import HiggsAudioV2Config
 from engine.config import Settings
 from engine.higgs_engine import StepResult, Targets
 from engine.model.flops import step_flops
-from engine.observe import metrics
-from engine.observe.metrics import Meter, MetricsFile, head_metrics, read_metrics
+from engine.observe import journal, metrics
+from engine.observe.metrics import Meter, MetricsFile, head_metrics
 from engine.observe.schema import BESIDE, BY_NAME, METRICS, scalars
 from engine.runtime.distributed import World
 from engine.step_size import StepSize
@@ -195,6 +195,6 @@ def test_resuming_drops_lines_after_the_checkpoint(tmp_path):
     lines.on_log(None, 3, {"step": 3, "new": True})
     lines.on_evaluate(None, 3, {"step": 3, "loss": math.pi, "alarm": ["odd"]})
     expected = [{"step": 1}, {"step": 2}, {"step": 3, "new": True}, {"step": 3, "eval_loss": math.pi, "alarm": ["odd"]}]
-    assert read_metrics(file) == expected
+    assert journal.read(file) == expected
     MetricsFile().on_start(run_in(tmp_path), 0)
     assert file.read_text() == ""

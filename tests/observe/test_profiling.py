@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engine.observe import journal
 from engine.observe.kernels import TOP, exposed, ranking
-from engine.observe.metrics import read_metrics
 from engine.observe.phases import PhaseTimes, phase_shares, phase_table
 from engine.observe.profiling import Profiler
 from engine.runtime import activity
@@ -159,7 +159,7 @@ def test_a_profiled_run_computes_the_same_and_shows_its_phases(demo, tmp_path):
             output_dir=tmp_path / name, max_tokens_per_micro_batch=900, dataloader_num_workers=0, max_steps=4,
             warmup_steps=0, report_to="none", logging_steps=1, save_steps=50, **settings,
         )  # fmt: skip
-        return read_metrics(tmp_path / name / "metrics.jsonl"), said
+        return journal.read(tmp_path / name / "metrics.jsonl"), said
 
     plain, _ = losses("plain")
     lines, said = losses("profiled", profile_steps="2:3")

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine.config import Settings
 from engine.errors import ConfigError
 from engine.exit_codes import DONE, FAILED, STOPPED
-from engine.observe.metrics import read_metrics
+from engine.observe import journal
 from engine.observe.schema import scalars
 from engine.observe.trackers import Trackers, background, problems
 from engine.observe.trackers.background import Background
@@ -153,7 +153,7 @@ def test_a_run_tells_tensorboard_what_it_tells_its_metrics_file(demo, tmp_path):
         output_dir=out, max_tokens_per_micro_batch=900, dataloader_num_workers=0, max_steps=3, logging_steps=2,
         eval_steps=3, validation_split=0.2, save_steps=50,
     )  # fmt: skip
-    wanted = {(line["step"], *point) for line in read_metrics(out / "metrics.jsonl") for point in scalars(line)}
+    wanted = {(line["step"], *point) for line in journal.read(out / "metrics.jsonl") for point in scalars(line)}
     found = events(out / "tensorboard")
     told = {(step, tag, value) for tag in found.Tags()["scalars"] for step, value in points(found, tag)}
     assert len(told) > 80 and {tag for _, tag, _ in told} >= {"loss/codebook_losses/7", "eval_accuracy/eos_accuracy"}

@@ -1,0 +1,39 @@
+"""Files of one JSON object a line that a run adds to: metrics, samples, skipped steps, starts.
+
+A line that a killed run left half-written is nobody's; one that is cut behind an inner brace looks whole, so each is
+parsed. A resumed run forgets what came after the step that it goes on from.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from engine.checkpoint.manifest import write_atomically
+
+
+def read(file: Path) -> list[dict]:
+    """The whole lines; none if there is no file."""
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def add(file: Path, lines: Iterable[dict]) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(_line(line) for line in lines)
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Leaves the lines up to `step`; of a new run, step 0, an empty file."""
+    kept = [line for line in read(file) if line["step"] <= step] if step else []
+    write_atomically(file, "".join(map(_line, kept)))
+
+
+def _line(values: dict) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
