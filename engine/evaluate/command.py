@@ -50,6 +50,9 @@ class Request:
 
     def problems(self) -> Iterator[str]:
         """What is missing, or does not go together."""
+        for name in ("model_path", "lora_adapter_path", "audio_tokenizer_path"):
+            if (folder := getattr(self, name)) is not None and not folder.is_dir():
+                yield f"{name}: {folder} is not a folder → give one that is on this machine; nothing is downloaded"
         if (self.text is None) == (self.input is None):
             yield "text, input: exactly one of them says what to speak → give --text TEXT or --input FILE"
         if self.text is not None and not self.text.strip():
