@@ -126,7 +126,7 @@ def path_problems(settings: Any, schema: Schema, excused: Collection[str]) -> It
             wanted = asked if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", asked) else HUB_IDS[name]
             yield (
                 f"{name}: {value} is not a folder, and the engine reaches no model hub → first "
-                f"`huggingface-cli download {wanted} --local-dir FOLDER`, then give that folder"
+                f"`hf download {wanted} --local-dir FOLDER`, then give that folder"
             )
     if settings.whisper_conditioning not in ("off", "auto") and not os.path.isdir(settings.whisper_conditioning):
         yield (

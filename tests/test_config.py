@@ -328,7 +328,7 @@ def test_paths_that_are_not_there():
     assert "resume: " in problem("--resume", "train.json") and "resume: " in problem("--resume", "")
     assert problem("--output_dir", "").startswith("output_dir: missing → give --output_dir FOLDER")
     told = problem("--model_path", "someone/higgs-arabic")
-    assert "reaches no model hub" in told and "huggingface-cli download someone/higgs-arabic " in told
+    assert "reaches no model hub" in told and "hf download someone/higgs-arabic " in told
     assert "download bosonai/higgs-audio-v2-tokenizer " in problem("--audio_tokenizer_path", "/no/such")
 
 

@@ -1,6 +1,9 @@
 """What the README says exists: paths, settings, commands, tests."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +45,13 @@ def test_flags_are_settings():
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"higgs-engine\s+([a-z-]+)", README))))
 def test_commands_exist(command):
     assert command in COMMANDS
+
+
+def test_the_download_command_comes_with_the_engine():
+    (command,) = set(re.findall(r"^ *(\S+ download) \S+ --local-dir", README, re.MULTILINE))
+    name, what = command.split()
+    told = subprocess.run([Path(sys.executable).with_name(name), what, "--help"], capture_output=True, text=True)
+    assert "--local-dir" in told.stdout, told.stderr
 
 
 def test_defaults_in_the_table_are_the_defaults():

@@ -15,7 +15,7 @@ from engine.errors import ModelError
 from engine.model.keys import WHISPER, native_name
 from engine.model.tensor_files import TensorFiles, read_json, weight_files
 
-DOWNLOAD_HINT = "download the model first (huggingface-cli download … --local-dir DIR) and give that folder"
+DOWNLOAD_HINT = "download the model first (hf download … --local-dir DIR) and give that folder"
 STRETCH = 1 << 20
 
 
