@@ -1,13 +1,84 @@
-"""Starts a test script in several real gloo processes and gives their output when one fails."""
+"""Starts a test script in several real gloo processes and gives their output when one fails.
 
+The processes are forked from one that has imported the engine: torch and transformers take each process four to five
+seconds, and the tests start hundreds. What launchers start (tests/launch and others) begins from nothing, as a user's.
+"""
+
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["engine.cli", "engine.train", "engine.evaluate.sampler"])
+
+
+class Started:
+    """A process that runs `python *command`, with what is used of subprocess.Popen's interface.
+
+    Args:
+        variables: its whole environment.
+    """
+
+    def __init__(self, command: list[str], variables: dict[str, str]):
+        self._output = tempfile.NamedTemporaryFile("r")
+        self._process = FORKS.Process(target=_run, args=([str(word) for word in command], variables, self._output.name))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("the process", timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Waits for the end; what it has written, errors among the rest."""
+        self.wait(timeout)
+        return self._output.read(), None
+
+
+def _run(command: list[str], variables: dict[str, str], output: str) -> None:
+    """In the new process: becomes `python *command`."""
+    os.environ.clear()
+    os.environ.update(variables)
+    for descriptor in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.stdout.reconfigure(encoding=variables.get("PYTHONIOENCODING"))
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(ROOT))
+    first, *rest = command
+    if first == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        runpy.run_path(first, run_name="__main__")
 
 
 def free_port() -> int:
@@ -16,7 +87,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(command: list[str], world_size: int, **env: str) -> list[subprocess.Popen]:
+def start(command: list[str], world_size: int, **env: str) -> list[Started]:
     """`python *command` once a rank, with the environment that a launcher would give."""
     port = str(free_port())
     started = []
@@ -27,12 +98,7 @@ def start(command: list[str], world_size: int, **env: str) -> list[subprocess.Po
             "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
             "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *command], env=variables | env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
+        started.append(Started(command, variables | env))
     return started
 
 
