@@ -170,7 +170,7 @@ def is_whole(out: Path) -> bool:
 
 
 def growth(sizes: dict[int, list[tuple[int, int]]]) -> tuple[float, int]:
-    """The largest growth of a process between the first and the last quarter of its life: share of memory, files.
+    """The largest growth of a process between the second and the last quarter of its life: share of memory, files.
 
     What a process takes once, in its first steps and its first save, is in the first quarter.
     """

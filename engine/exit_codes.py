@@ -10,7 +10,8 @@ DIVERGED = 3
 HUNG = 4
 """No progress in `timeout_s`; the message names the process that held up the others. Started again."""
 STOPPED = 75
-"""A signal asked for it: saved, and `--resume auto` goes on. The code of batch systems for "try again later"."""
+"""A signal asked for it: saved, if there was anything to save, and `--resume auto` goes on. The code of batch systems
+for "try again later"."""
 TIME_IS_UP = 76
 """`max_train_hours` are over: saved, and `--resume auto` goes on."""
 

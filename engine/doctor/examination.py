@@ -187,7 +187,12 @@ class Examination:
         return None, rows
 
     def say(self, json_file: Path | None) -> None:
+        """Prints the report, and writes it; that it cannot be written is a finding too."""
+        if json_file is not None:
+            try:
+                report.write_json(json_file, self.findings, self.everyone, self.rows, self.seconds)
+            except OSError as error:
+                text = f"--json: {json_file}: {error.strerror or error}"
+                self.findings.append(Finding("files", FAILURE, text, "give a file that can be written"))
         text = "\n".join(report.lines(self.findings, self.everyone, speed.table(self.rows), self.seconds))
         print(report.printable(text, sys.stdout.encoding), flush=True)
-        if json_file is not None:
-            report.write_json(json_file, self.findings, self.everyone, self.rows, self.seconds)

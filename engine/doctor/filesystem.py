@@ -5,7 +5,6 @@ machine looks for it and writes one of its own, which rank 0 looks for. Everythi
 """
 
 import contextlib
-import json
 import math
 import os
 import secrets
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+from safetensors import SafetensorError, safe_open
 
 from engine.config import Settings
 from engine.doctor.findings import FAILURE, OK, WARNING, Facts, Finding, who
@@ -67,7 +67,7 @@ class Traces:
         free = None
         with contextlib.suppress(OSError):
             free = psutil.disk_usage(str(place)).free
-        return {**self.word, "there": place.is_dir(), "error": error, "sight": sight, "free": free}
+        return {**self.word, "there": os.path.isdir(place), "error": error, "sight": sight, "free": free}
 
     def look_back(self, everyone: Sequence[Facts] | None, patience_s: float) -> None:
         """Rank 0: which of the others' files it sees, added to their facts as `seen`."""
@@ -96,8 +96,8 @@ class Traces:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.is_dir())
+    """The folder, or the nearest above it that is there and may be looked into."""
+    return next(place for place in (folder, *folder.parents) if os.path.isdir(place))
 
 
 def _sight(file: Path, text: str, patience_s: float) -> float | None:
@@ -135,11 +135,9 @@ def stored_parameters(folder: Path) -> int | None:
     total = 0
     try:
         for file in weight_files(folder, "see the model folder"):
-            with open(file, "rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(min(length, 100 << 20)))
-            total += sum(math.prod(about["shape"]) for name, about in header.items() if name != "__metadata__")
-    except (ModelError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            with safe_open(str(file), framework="pt") as opened:
+                total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+    except (ModelError, OSError, SafetensorError):
         return None
     return total or None
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from engine.config import FIELDS, Settings
 from engine.data.store import HEADER, is_store
 from engine.doctor.findings import FAILURE, OK, WARNING, Facts, Finding, deviants
 from engine.runtime.distributed import World
+from engine.untrusted import read_object
 
 LIBRARIES = (
     "torch",
@@ -126,8 +126,8 @@ def content(path: Path) -> str | None:
 def _fingerprint(store: Path) -> str | None:
     """None: its header is damaged, which whoever opens the store says better."""
     try:
-        return str(json.loads((store / HEADER).read_text(encoding="utf-8"))["fingerprint"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return str(read_object(store / HEADER)["fingerprint"])
+    except (ValueError, KeyError):
         return None
 
 

@@ -70,7 +70,7 @@ class Attempt:
         if times > 1:
             processes.tell(processes.of_run(self.records), signal.SIGKILL)
         else:
-            processes.tell(processes.ranks(self.records), self.signals.first)  # the same again: they leave at once
+            processes.tell(processes.ranks(self.records), self.signals.urged)  # the same again: they leave at once
             _signal_group(launcher, signal.SIGTERM)
 
     def _look(self, endings: processes.Endings) -> None:
@@ -109,7 +109,7 @@ class Attempt:
         first = self.signals.first
         if first and code not in (DONE, MISTAKE, STOPPED, TIME_IS_UP):
             begun = any(record["step"] is not None or record["code"] is not None for record in found)
-            code = 128 + first if self.signals.insisted else code if begun else STOPPED
+            code = 128 + self.signals.urged if self.signals.insisted else code if begun else STOPPED
         if code not in (DONE, STOPPED, TIME_IS_UP) and found and {record["code"] for record in found} != {MISTAKE}:
             heading = f"ended with exit code {code}, {verdict.meaning(code)}"
             silent = (self.expected or 0) - len(found)

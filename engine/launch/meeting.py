@@ -3,7 +3,8 @@
 Each machine of a run restarts by itself, at the same host and port. One that is ahead would find there the store of
 the old attempt, whose end the first machine has not noticed yet, and take old addresses for new ones. So while an
 attempt runs, each machine keeps a connection to its store, over which nothing is said; it breaks when the store ends.
-How often each machine has started does not matter: one that was started anew joins the others' next attempt.
+How often each machine has started does not matter: one that was started anew joins the others' next attempt. All
+need `--resume auto` for that, from the beginning: the ranks of the new one do not know that the run was restarted.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ class _Planning:
     def plan(self) -> LaunchPlan:
         here, hosts = self._processes(), self._hosts()
         fewest, most = self._machines(hosts)
-        node = self._number("NODE_RANK", at_least=0, below=most) if self.env.get("NODE_RANK") else None
+        node = self._node(float("inf") if hosts is None else most) if self.env.get("NODE_RANK") else None
         by_ssh = bool(hosts) and node is None and (len(hosts) > 1 or not self._is_here(*hosts))
         if node is None and most == 1 and not by_ssh:
             node = 0
@@ -120,7 +120,8 @@ class _Planning:
             self.problems.append(f"NPROC={count}, but {gpus} GPUs are visible → at most {gpus}")
         return count
 
-    def _hosts(self) -> dict[str, int]:
+    def _hosts(self) -> dict[str, int] | None:
+        """None: there are some, and the file does not say which."""
         path = self.env.get("HOSTFILE")
         if not path:
             return {}
@@ -128,17 +129,18 @@ class _Planning:
         self.problems += problems
         if self.launcher != "deepspeed":
             self.problems.append(f"HOSTFILE is for LAUNCHER=deepspeed, not {self.launcher} → NNODES and MASTER_ADDR")
-        return hosts
+        return None if problems else hosts
 
-    def _machines(self, hosts: dict[str, int]) -> tuple[int, int]:
+    def _machines(self, hosts: dict[str, int] | None) -> tuple[int, int]:
         """How many at least, and at most."""
-        text = self.env.get("NNODES") or str(len(hosts) or 1)
+        expected = len(hosts or ()) or 1
+        text = self.env.get("NNODES") or str(expected)
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         fewest, most = (int(part) for part in (match.group(1), match.group(2) or match.group(1))) if match else (0, 0)
         if not 1 <= fewest <= most:
             self.problems.append(f"NNODES={text} is no number of machines → as 2, or 1:4 for one to four")
             return 1, 1
-        if self.launcher == "deepspeed" and "NNODES" in self.env and (fewest, most) != (len(hosts) or 1,) * 2:
+        if self.launcher == "deepspeed" and hosts is not None and (fewest, most) != (expected, expected):
             self.problems.append(
                 f"NNODES={text}: LAUNCHER=deepspeed finds the other machines in HOSTFILE, not from NNODES → give "
                 "HOSTFILE, or LAUNCHER=torchrun"
@@ -146,6 +148,14 @@ class _Planning:
         if self.launcher == "none" and most > 1:
             self.problems.append(f"NNODES={text}: LAUNCHER=none is a single process → LAUNCHER=torchrun")
         return fewest, most
+
+    def _node(self, most: float) -> int:
+        """This machine's place among `most`."""
+        if most > 1:
+            return self._number("NODE_RANK", at_least=0, below=most)
+        if (text := self.env["NODE_RANK"]) != "0":
+            self.problems.append(f"NODE_RANK={text} of one machine → NNODES or HOSTFILE has to name the others, too")
+        return 0
 
     def _meeting_place(self, most: int, fewest: int, by_ssh: bool) -> tuple[str, int]:
         """By ssh the host may be left empty: DeepSpeed asks the first machine for its address."""

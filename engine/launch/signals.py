@@ -16,11 +16,13 @@ class Signals:
 
     Attributes:
         first: the first signal.
+        urged: the first TERM or INT, which the ranks have heard once.
         insisted: a second TERM or INT came, or a third.
     """
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
+        self.urged: int | None = None
         self.insisted = 0
         self._waiting: list[tuple[int, float]] = []
         self._told: set[int] = set()
@@ -50,7 +52,7 @@ class Signals:
                     self.insisted, self._urged_at = self.insisted + 1, at
                 continue
             if number in URGENT:
-                self._urged_at = at
+                self.urged, self._urged_at = number, at
             if number not in self._told:
                 self._told.add(number)
                 new.append(number)

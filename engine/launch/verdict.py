@@ -17,7 +17,7 @@ NAMES = {
     MISTAKE: "a mistake that its reader can mend",
     DIVERGED: "diverged",
     HUNG: "no progress",
-    STOPPED: "saved and left, as asked",
+    STOPPED: "left, as asked",
     TIME_IS_UP: "saved and left: time is up",
 }
 

@@ -46,11 +46,16 @@ class Activity:
         return time.monotonic() - self._progress
 
     def keep(self, rank: int) -> None:
-        """From now on this process is `rank`, and its record a file where the launcher asked for one."""
+        """From now on this process is `rank`, and its record a file where the launcher asked for one.
+
+        The file is that of its place on the machine: where machines come and go, ranks are numbered anew, and who had
+        the place before is of no interest any more.
+        """
         self.rank, self.pid, self.code = rank, os.getpid(), None
         folder = os.environ.get(FOLDER)
         if folder and os.path.isdir(folder):
-            with open(Path(folder) / f"rank-{rank}.json", "w+b") as file:
+            place = os.environ.get("LOCAL_RANK", rank)
+            with open(Path(folder) / f"process-{place}.json", "w+b") as file:
                 file.truncate(SIZE)
                 self._memory = mmap.mmap(file.fileno(), SIZE)
         self._write()
@@ -99,7 +104,7 @@ current = Activity()
 def read_records(folder: Path) -> list[dict]:
     """The records in a folder, by rank; one that its process had just begun is left out."""
     found = []
-    for file in folder.glob("rank-*.json"):
+    for file in folder.glob("process-*.json"):
         try:
             found.append(json.loads(file.read_text()))
         except ValueError:

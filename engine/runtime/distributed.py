@@ -21,7 +21,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError, EngineError, Interrupted
 from engine.runtime import activity
 
 GRACE_S = 5.0  # after the first failure, the other ranks have this long to add theirs to the same message
@@ -111,6 +111,10 @@ def init_process_group(timeout_s: float = 1800) -> World:
 
     Without a launcher it is a run of one, which opens no port. `timeout_s` bounds every collective, not
     `wait_for_all` and `raise_together`.
+
+    Raises:
+        ConfigError: the launcher's variables do not suffice, or there is no GPU for this process.
+        Interrupted: the processes do not find each other.
     """
     global _store
     variables = launcher_variables(os.environ)
@@ -127,17 +131,35 @@ def init_process_group(timeout_s: float = 1800) -> World:
             os.environ[name] = str(device.index)
 
     if not dist.is_initialized():
-        timeout = timedelta(seconds=timeout_s)
-        patience = max(timeout, MEETING_PLACE_TIMEOUT)
-        store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", timeout=patience))[0]
-        store.set_timeout(patience)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
-        )
-        _store = dist.PrefixStore("engine", store)
+        try:
+            _store = _join(rank, size, device, timedelta(seconds=timeout_s))
+        except RuntimeError as error:  # also of gloo, which knows no other
+            raise _not_met(error, rank, size) from None
     activity.current.keep(rank)
     return World(rank, local_rank, size, device, local_size)
+
+
+def _join(rank: int, size: int, device: torch.device, timeout: timedelta) -> dist.Store:
+    """Makes the process group; the engine's part of the store of all ranks."""
+    patience = max(timeout, MEETING_PLACE_TIMEOUT)
+    store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", timeout=patience))[0]
+    store.set_timeout(patience)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
+    )
+    return dist.PrefixStore("engine", store)
+
+
+def _not_met(error: RuntimeError, rank: int, size: int) -> Interrupted:
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    failure = Interrupted(
+        f"rank {rank} ({activity.current.host}) and the others do not meet at {place}: {why} → were all {size} "
+        "started, is the port free there, and open to all? `launch/train.sh doctor`, started likewise, looks closer"
+    )
+    failure.spokesman = rank
+    return failure
 
 
 def shared_store() -> dist.Store:

@@ -63,23 +63,24 @@ class StopRequests:
         return TIME_IS_UP if time.monotonic() > self._deadline else 0
 
     def hear(self, number: int) -> None:
-        """A first signal asks to save and leave; the same again leaves at once, unless it is USR1."""
+        """A first signal asks to save and leave, which is at once where there is nothing to save; the same again
+        leaves at once, unless it is USR1."""
         now = signal.Signals(number)
         since = time.monotonic() - self._heard_at.setdefault(now, time.monotonic())
         if self.signal is None:
             self.signal = now
             if self.response == Response.LEAVE:
-                self._leave(now, "leaves; no step has been trained since the last save")
+                self._leave(now, "leaves; there is nothing to save", STOPPED)
             once_more = "" if now == signal.SIGUSR1 else "; once more leaves at once"
             if self.response == Response.SAVE:
                 _say(f"{now.name}: saves after this step and leaves{once_more}")
         elif now != signal.SIGUSR1 and since > ECHO_S:
-            self._leave(now, "leaves at once, without saving")
+            self._leave(now, "leaves at once, without saving", 128 + number)
 
-    def _leave(self, number: signal.Signals, how: str) -> NoReturn:
+    def _leave(self, number: signal.Signals, how: str, code: int) -> NoReturn:
         _say(f"{number.name}: {how}")
-        activity.current.ends(128 + number)
-        os._exit(128 + number)
+        activity.current.ends(code)
+        os._exit(code)
 
     @contextmanager
     def listening(self) -> Iterator["StopRequests"]:

@@ -24,12 +24,12 @@ from engine.runtime.distributed import World
 
 SILENT_S = 60.0
 """A process without a sign of life for so long is gone, if its neighbour waits as well."""
-
-
 STORE_SPARE_S = 15.0
 """What a round of the watchdog may take beside waiting for one answer."""
 GOES_FIRST_S = 30.0
 """Collectives are given so much longer than the watchdog, which knows more of why they do not end."""
+STACKS_S = 3.0
+"""For the file of stacks: a file system that does not answer may be why the run hangs."""
 
 
 class Watchdog:
@@ -95,21 +95,32 @@ class Watchdog:
                 self._leave(HUNG)
 
     def _end(self, lines: list[str]) -> None:
-        self._dump_stacks()
+        dumped = self._dump_stacks()
         with contextlib.suppress(dist.DistError):
             if not self.beats.announce(HUNG, lines):
                 self._leave(HUNG)
         say([
             f"the run hangs: no progress on rank {self._world.rank} for {activity.current.idle_s:.0f} s", *lines,
-            f"what each process was doing, line by line: {self._stacks}",
+            *([f"what each process was doing, line by line: {self._stacks}"] if dumped else []),
             "→ resume with --resume auto; timeout_s is the longest that a step, an evaluation or a save may take",
         ])  # fmt: skip
         self._leave_last(HUNG)
 
-    def _dump_stacks(self) -> None:
-        self._stacks.mkdir(parents=True, exist_ok=True)
-        with open(self._stacks / f"rank-{self._world.rank}.txt", "w") as file:
-            faulthandler.dump_traceback(file)
+    def _dump_stacks(self) -> bool:
+        """Whether it could; in a thread of its own, so that no disk keeps this process from ending."""
+        done = threading.Event()
+
+        def dump() -> None:
+            with contextlib.suppress(OSError):
+                self._stacks.mkdir(parents=True, exist_ok=True)
+                with open(self._stacks / f"rank-{self._world.rank}.txt", "w") as file:
+                    faulthandler.dump_traceback(file)
+                done.set()
+
+        thread = threading.Thread(target=dump, name="stacks", daemon=True)
+        thread.start()
+        thread.join(STACKS_S)
+        return done.is_set()
 
     def _follow(self, code: int) -> None:
         if code == HUNG:
@@ -124,11 +135,13 @@ class Watchdog:
 
     def _leave(self, code: int) -> None:
         activity.current.ends(code)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
         os._exit(code)
 
 
 def say(lines: Iterable[str]) -> None:
-    """One write, so that the lines of several processes do not mix."""
-    sys.stderr.write("\n" + "\n  ".join(lines) + "\n")
-    sys.stderr.flush()
+    """One write, so that the lines of several processes do not mix; none where nobody reads any more."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write("\n" + "\n  ".join(lines) + "\n")
+        sys.stderr.flush()

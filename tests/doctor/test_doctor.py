@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from engine.doctor import disk, ports, report, software
-from engine.doctor.filesystem import stored_parameters
+from engine.doctor.filesystem import existing, stored_parameters
 from engine.doctor.findings import FAILURE, Finding
 from engine.doctor.meeting import Meeting
 from engine.errors import EngineError
@@ -94,11 +94,12 @@ def test_alone_without_settings():
 
 
 def test_mistakes_in_the_settings_are_findings():
-    said = command("doctor", "--model_path", "/no/such/model", "--sed", "1")
+    said = command("doctor", "--model_path", "/no/such/model", "--sed", "1", "--json", "/proc/none/found.json")
     assert said.code == 2
     assert "✗ settings: model_path: /no/such/model is not a folder" in said.out
     assert "settings: unknown setting 'sed'" in said.out and "→ did you mean seed?" in said.out
-    assert "2 failures, 0 warnings in " in said.out
+    assert "✗ --json: /proc/none/found.json: No such file or directory" in said.out
+    assert "3 failures, 0 warnings in " in said.out
 
 
 # ---------------------------------------------------------------- parts
@@ -201,8 +202,15 @@ def test_parameters_are_counted_from_headers(demo, tmp_path):
     shapes = WeightFiles(demo.model_path).shapes.values()
     assert stored_parameters(demo.model_path) == sum(torch.Size(shape).numel() for shape in shapes)
     assert stored_parameters(tmp_path) is None
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
-    assert stored_parameters(tmp_path) is None
+    deep = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    endless = b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 0]}}'
+    for content in (b"\xff" * 100, *(len(header).to_bytes(8, "little") + header for header in (deep, endless))):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert stored_parameters(tmp_path) is None
+
+
+def test_the_folder_that_is_there_is_found_whatever_the_names_below_it(tmp_path):
+    assert existing(tmp_path / "new" / ("a" * 300)) == tmp_path
 
 
 def test_a_terminal_without_unicode_gets_plain_signs():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import Settings
+from engine.doctor import filesystem, software
 from engine.errors import ModelError
 from engine.model.adapter_files import open_adapter
 from engine.model.adapter_folder import differences
@@ -60,6 +61,7 @@ def names_in(file: Path) -> list[str]:
 
 
 def open_model(folder: Path) -> None:
+    assert software.content(folder) and filesystem.stored_parameters(folder) != 0  # the doctor looks first
     files = WeightFiles(folder)
     files.fingerprint()
     assert all(isinstance(shape, tuple) for shape in files.shapes.values())

@@ -127,7 +127,9 @@ def test_arguments_go_to_local_launchers_as_they_are():
             {"LAUNCHER": "torchrun", "NNODES": "2", "NODE_RANK": "2", "MASTER_PORT": "high", "MASTER_ADDR": "a"},
             ["NODE_RANK=2 → a whole number, from 0 to 1", "port 'high' → a number from 1 to 65535"],
         ),
-        ({"HOSTFILE": "nowhere"}, ["HOSTFILE=nowhere does not exist"]),
+        # how many machines there are is not known then, so nothing more is wrong with these
+        ({"HOSTFILE": "nowhere", "NODE_RANK": "1", "NNODES": "2", "MASTER_ADDR": "a"}, ["nowhere does not exist"]),
+        ({"NODE_RANK": "1"}, ["NODE_RANK=1 of one machine → NNODES or HOSTFILE has to name the others"]),
         ({"LAUNCHER": "none", "NNODES": "2", "MASTER_ADDR": "a"}, ["LAUNCHER=none is a single process"]),
         ({"RDZV_ENDPOINT": "a:1"}, ["RDZV_ENDPOINT=a:1 is for LAUNCHER=torchrun"]),
     ],

@@ -19,6 +19,7 @@ from engine.launch.attempt import Attempt
 from engine.launch.meeting import OldMeetingPlace
 from engine.launch.plan import LaunchPlan
 from engine.launch.signals import Signals
+from engine.runtime.activity import FOLDER, Activity, read_records
 from tests.launch.stub import environment
 from tests.processes import ROOT
 
@@ -62,9 +63,12 @@ while what.startswith("wait") and not heard:
 if what == "wait":
     time.sleep(0.3)  # for an echo
     open(told, "a").write(f"heard {len(heard)}\\n")
+    time.sleep(0.2)  # the launcher ends the other one when the first has left; by then both have written
     what = "75"
 while what == "deaf":
     time.sleep(1)
+while what == "143" and heard.count(signal.SIGTERM) < 2:
+    time.sleep(0.01)
 activity.current.ends(int(what))
 os._exit(int(what))
 """
@@ -141,6 +145,17 @@ def test_the_most_telling_code_of_the_ranks_is_the_run_s(codes, launcher, code):
     assert verdict.exit_code(records, 2, launcher) == code
 
 
+def test_a_rank_that_is_numbered_anew_takes_its_place_over(tmp_path, monkeypatch):
+    """Where machines come and go: who was ended for that says nothing about how the run has ended."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank, code in ((0, STOPPED), (1, DONE)):
+        process = Activity()
+        process.keep(rank)
+        process.ends(code)
+    assert [(record["rank"], record["code"]) for record in read_records(tmp_path)] == [(1, DONE)]
+
+
 @pytest.mark.parametrize("script, limit, code, starts", [
     ("0", 3, DONE, 1), ("2,wait", 3, MISTAKE, 1), ("3", 3, DIVERGED, 1), ("76", 3, TIME_IS_UP, 1),
     ("1", 2, FAILED, 3), ("4", 1, HUNG, 2), ("75", 1, STOPPED, 2), ("1", 0, FAILED, 1),
@@ -148,6 +163,20 @@ def test_the_most_telling_code_of_the_ranks_is_the_run_s(codes, launcher, code):
 def test_only_what_a_restart_may_mend_is_started_again(runs, script, limit, code, starts):
     """75 without a signal to the launch: somebody told a rank, which is no reason to be away for long."""
     assert (runs.run(script, limit=limit), runs.starts) == (code, starts)
+
+
+def test_pauses_grow_until_an_attempt_has_made_a_checkpoint(tmp_path, monkeypatch):
+    latest, pauses = tmp_path / "latest", []
+
+    def attempt(run, number, plan, signals):
+        if number >= 8:
+            latest.write_text(f"checkpoint-{number}")
+        return FAILED
+
+    monkeypatch.setattr(restarts.Restarts, "_attempt", attempt)
+    monkeypatch.setattr(restarts.Restarts, "_pause", lambda run, seconds, place, signals: not pauses.append(seconds))
+    assert restarts.Restarts(Runs(tmp_path).plan, {}, "rank.py", [], 10, latest).run() == FAILED
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 1, 1]
 
 
 def test_machines_stop_together(runs):
@@ -194,6 +223,19 @@ def test_a_signal_that_comes_again_later_ends_everything(runs):
     gone: list[bool] = []
     assert runs.run("deaf", limit=3, after=insist) == 128 + signal.SIGTERM
     assert gone == [True, True] and runs.starts == 1
+
+
+def test_who_insists_after_usr1_repeats_what_ranks_leave_upon(runs, capfd):
+    """USR1 asks to save however often it comes."""
+
+    def insist():
+        runs.lines(2)
+        for number, pause in ((signal.SIGUSR1, 0.2), (signal.SIGTERM, 1.2), (signal.SIGTERM, 0)):
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+
+    assert runs.run("143", limit=3, after=insist) == 128 + signal.SIGTERM
+    assert "behind" not in capfd.readouterr().err  # they left by themselves
 
 
 def test_usr1_again_is_no_insisting():

@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from engine.errors import ConfigError, DataError, EngineError
+from engine.errors import ConfigError, DataError, EngineError, Interrupted
 from engine.runtime import distributed
 from engine.runtime.distributed import (
     exit_cleanly,
@@ -113,6 +115,17 @@ def test_alone_without_a_launcher(monkeypatch):
         finally:
             shutdown(world)
         assert dict(os.environ) == before and not dist.is_initialized()
+
+
+def test_who_cannot_meet_says_where_and_why(monkeypatch):
+    monkeypatch.setattr(distributed, "_placed", [])
+    with socket.create_server(("", 0)) as other, mock.patch.dict(os.environ, clean_environment(), clear=True):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        os.environ |= place | {"RANK": "0", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+        with pytest.raises(Interrupted) as caught:
+            init_process_group()
+    words = [r"rank 0 \(", "MASTER_ADDR=127.0.0.1, MASTER_PORT=" + place["MASTER_PORT"], "in use", "→ were all 2 "]
+    assert re.search(".*".join(words), str(caught.value)) and caught.value.spokesman == 0
 
 
 def outcome(call) -> list | None:

@@ -6,29 +6,34 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from engine.exit_codes import STOPPED, TIME_IS_UP
+from engine.launch.processes import _is_gone
 from engine.runtime import signals
 from engine.runtime.signals import Response, StopRequests
 from tests.processes import ROOT
 
-WAITS_IN_C = """
+ECHO_S = 0.5
+WAITS_IN_C = f"""
 import ctypes, os, sys
+from engine.runtime import signals
 from engine.runtime.signals import Response, StopRequests
+signals.ECHO_S = {ECHO_S}
 stop = StopRequests()
 with stop.listening():
     stop.response = Response[sys.argv[1]]
     os.write(1, b"ready")
     left = int(sys.argv[2])
-    while left and not (stop.signal and sys.argv[3] == "end"):
+    while left:
         left = ctypes.CDLL(None).sleep(left)   # as a collective does: no Python runs in the main thread
 print(stop.code)
 """
 
 
-def child(response: str, seconds: int, end: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-c", WAITS_IN_C, response, str(seconds), end]
+def child(response: str, seconds: int) -> subprocess.Popen:
+    command = [sys.executable, "-c", WAITS_IN_C, response, str(seconds)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -42,9 +47,9 @@ def child(response: str, seconds: int, end: str = "") -> subprocess.Popen:
 def test_once_asks_and_twice_leaves(number):
     process = child("SAVE", 60)
     process.send_signal(number)
-    time.sleep(0.2)
+    time.sleep(0.1)
     process.send_signal(number)  # an echo: some launchers repeat what the terminal has sent
-    time.sleep(signals.ECHO_S + 1)
+    time.sleep(ECHO_S + 0.5)
     assert process.poll() is None
     began = time.monotonic()
     process.send_signal(number)
@@ -57,10 +62,10 @@ def test_once_asks_and_twice_leaves(number):
 
 def test_usr1_may_come_again_and_other_signals_after_it():
     """A batch system sends USR1, then TERM when the time is up: the save is not to be cut short by that."""
-    process = child("SAVE", 4, "")
+    process = child("SAVE", 3)
     for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(number)
-        time.sleep(signals.ECHO_S)
+        time.sleep(1.2 * ECHO_S)
     out, errors = process.communicate(timeout=20)
     assert (process.returncode, out.strip()) == (0, str(STOPPED))
     assert errors.count("saves after this step") == 1
@@ -68,7 +73,7 @@ def test_usr1_may_come_again_and_other_signals_after_it():
 
 def test_twice_leaves_also_when_another_signal_came_first():
     process = child("SAVE", 60)
-    for number, pause in ((signal.SIGUSR1, 0.2), (signal.SIGTERM, signals.ECHO_S + 1), (signal.SIGTERM, 0)):
+    for number, pause in ((signal.SIGUSR1, 0.2), (signal.SIGTERM, ECHO_S + 0.5), (signal.SIGTERM, 0)):
         assert process.poll() is None
         process.send_signal(number)
         time.sleep(pause)
@@ -76,11 +81,12 @@ def test_twice_leaves_also_when_another_signal_came_first():
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_before_the_first_step_a_signal_ends_the_process():
+def test_where_nothing_is_to_be_saved_a_signal_ends_the_process():
+    """With the code that asks for another start: launch/slurm.sbatch queues the job again after it."""
     process = child("LEAVE", 60)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM and "leaves; no step has been trained" in errors
+    assert process.returncode == STOPPED and "leaves; there is nothing to save" in errors
 
 
 def test_everything_is_as_before_afterwards():
@@ -99,3 +105,24 @@ def test_the_time_is_up():
     stop.hear(signal.SIGUSR1)
     assert stop.code == STOPPED  # whoever sent it waits for this code
     assert StopRequests(None).code == 0
+
+
+def test_a_loader_worker_leaves_signals_to_its_rank_and_dies_with_it():
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        if os.fork() == 0:
+            signals.begin_worker()
+            os.write(writing, str(os.getpid()).encode())
+        time.sleep(60)
+        os._exit(0)
+    worker = psutil.Process(int(os.read(reading, 20)))
+    worker.terminate()
+    time.sleep(0.1)
+    assert worker.status() == psutil.STATUS_SLEEPING
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    deadline = time.monotonic() + 10
+    while not _is_gone(worker.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
