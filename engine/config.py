@@ -194,7 +194,7 @@ class Settings:
     keep_every: int | None = _run(None, "steps whose multiples are kept for good, as 5000; none: none", at_least=1)
     async_save: bool = _run(
         False, "write checkpoints behind the training's back, from a copy in host memory: each process needs room for "
-        "its share of weights and optimizer")
+        "its share of weights and optimizer, and on a GPU up to twice that, for pinned memory comes in powers of two")
     resume: str = _run(
         "none", "none: start afresh; auto: from the newest complete checkpoint of the output folder, if any; "
         "or the folder of a checkpoint")

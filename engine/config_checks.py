@@ -32,53 +32,11 @@ def value_problems(settings: Any, schema: Schema) -> Iterator[str]:
         yield "codebook_weights: no codebook has weight → one above 0, or null for equal weights"
     if settings.text_loss_weight == settings.audio_loss_weight == 0:
         yield "text_loss_weight, audio_loss_weight: both are 0, so there is no loss → set one above 0"
-    yield from _data_problems(settings)
-    if settings.use_lora:
-        for name in ("train_modules", "freeze_llm"):
-            if getattr(settings, name):
-                yield f"{name}: LoRA trains adapters only → remove {name}, or use_lora for full training"
-        if not settings.lora_target_modules:
-            layers = schema.fields["lora_target_modules"].metadata["default"]
-            yield f"lora_target_modules: no layer has adapters → some of {' '.join(layers)}"
-    elif settings.lora_modules_to_save:
-        yield "lora_modules_to_save: has no meaning without LoRA → add use_lora, or name train_modules"
-    for name in ("use_rslora", "use_dora", "lora_adapter_path"):
-        if getattr(settings, name) and not settings.use_lora:
-            yield f"{name}: has no meaning without LoRA → add use_lora, or remove {name}"
-    if settings.bf16 and settings.backend == "none":
-        yield "bf16: backend none computes in fp32 only → set backend to fsdp, which runs in one process too"
-    if settings.float8:
-        if settings.backend != "fsdp":
-            yield (
-                f"float8: backend {settings.backend} keeps gathered weights for their products' backward → set "
-                "backend to fsdp, which runs in one process too"
-            )
-        if settings.bf16 is False:
-            yield "float8: starts from bf16 → set bf16 to true, or float8 to false"
-        if settings.use_lora:
-            yield "float8: computes the gradients of frozen weights too, no gain with LoRA → set float8 to false"
-    if settings.optimizer_state_dtype == "int8" and settings.backend == "deepspeed":
-        yield (
-            "optimizer_state_dtype: int8 has scales for the shards of fsdp, not for deepspeed's → set backend "
-            "to fsdp, or optimizer_state_dtype to bf16"
-        )
-    if settings.fsdp_replicas != 1 and settings.backend != "fsdp":
-        yield f"fsdp_replicas: has no meaning for backend {settings.backend} → set backend to fsdp"
-    if settings.sequence_parallel_size > 1 and settings.backend == "none":
-        yield "sequence_parallel_size: backend none is one process → set backend to fsdp or deepspeed"
-    if settings.torch_compile and settings.use_liger_kernel:
-        yield "use_liger_kernel, torch_compile: both fuse the same operations → one of them"
-    if settings.torch_compile and settings.processes_per_row > 1:
-        yield "torch_compile: not with processes that share a row → leave it out, or set their number to 1"
     if settings.profile_steps is not None and not profiled_steps(settings.profile_steps):
         yield f"profile_steps: {settings.profile_steps!r} → first and last step, from 1 on, as 10:13"
-    if settings.tensor_parallel_size > 1:
-        if settings.backend != "deepspeed":
-            yield f"tensor_parallel_size: has no meaning for backend {settings.backend} → set backend to deepspeed"
-        if settings.sequence_parallel_size > 1:
-            yield "tensor_parallel_size, sequence_parallel_size: only one of them may be above 1 → 1 for the other"
-        if settings.use_lora:
-            yield "tensor_parallel_size: cuts matrices, not adapters → train in full, or set it to 1"
+    yield from _data_problems(settings)
+    yield from _trained_problems(settings, schema)
+    yield from _backend_problems(settings)
 
 
 def profiled_steps(text: str) -> range | None:
@@ -105,6 +63,56 @@ def _data_problems(settings: Any) -> Iterator[str]:
     shortest, longest = settings.min_seconds, settings.max_seconds
     if shortest is not None and longest is not None and shortest >= longest:
         yield f"min_seconds: {shortest:g} is not below max_seconds = {longest:g} → lower it"
+
+
+def _trained_problems(settings: Any, schema: Schema) -> Iterator[str]:
+    if settings.use_lora:
+        for name in ("train_modules", "freeze_llm"):
+            if getattr(settings, name):
+                yield f"{name}: LoRA trains adapters only → remove {name}, or use_lora for full training"
+        if not settings.lora_target_modules:
+            layers = schema.fields["lora_target_modules"].metadata["default"]
+            yield f"lora_target_modules: no layer has adapters → some of {' '.join(layers)}"
+    elif settings.lora_modules_to_save:
+        yield "lora_modules_to_save: has no meaning without LoRA → add use_lora, or name train_modules"
+    for name in ("use_rslora", "use_dora", "lora_adapter_path"):
+        if getattr(settings, name) and not settings.use_lora:
+            yield f"{name}: has no meaning without LoRA → add use_lora, or remove {name}"
+
+
+def _backend_problems(settings: Any) -> Iterator[str]:
+    if settings.bf16 and settings.backend == "none":
+        yield "bf16: backend none computes in fp32 only → set backend to fsdp, which runs in one process too"
+    if settings.float8:
+        if settings.backend != "fsdp":
+            yield (
+                f"float8: backend {settings.backend} keeps gathered weights for their products' backward → set "
+                "backend to fsdp, which runs in one process too"
+            )
+        if settings.bf16 is False:
+            yield "float8: starts from bf16 → set bf16 to true, or float8 to false"
+        if settings.use_lora:
+            yield "float8: computes the gradients of frozen weights too, no gain with LoRA → set float8 to false"
+    if settings.optimizer_state_dtype == "int8" and settings.backend == "deepspeed":
+        yield (
+            "optimizer_state_dtype: int8 has scales for the shards of fsdp, not for deepspeed's → set backend "
+            "to fsdp, or optimizer_state_dtype to bf16"
+        )
+    if settings.fsdp_replicas != 1 and settings.backend != "fsdp":
+        yield f"fsdp_replicas: has no meaning for backend {settings.backend} → set backend to fsdp"
+    if settings.sequence_parallel_size > 1 and settings.backend == "none":
+        yield "sequence_parallel_size: backend none is one process → set backend to fsdp or deepspeed"
+    if settings.torch_compile and settings.use_liger_kernel:
+        yield "use_liger_kernel, torch_compile: both fuse the same operations → one of them"
+    if settings.torch_compile and settings.processes_per_row > 1:
+        yield "torch_compile: not with processes that share a row → leave it out, or set their number to 1"
+    if settings.tensor_parallel_size > 1:
+        if settings.backend != "deepspeed":
+            yield f"tensor_parallel_size: has no meaning for backend {settings.backend} → set backend to deepspeed"
+        if settings.sequence_parallel_size > 1:
+            yield "tensor_parallel_size, sequence_parallel_size: only one of them may be above 1 → 1 for the other"
+        if settings.use_lora:
+            yield "tensor_parallel_size: cuts matrices, not adapters → train in full, or set it to 1"
 
 
 def path_problems(settings: Any, schema: Schema, excused: Collection[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import HiggsAudioV2Config
 
 from engine.backends import Blueprint, backend_class
 from engine.backends.tensors import State, read_tensors
@@ -63,6 +64,27 @@ class StepResult:
         return self.tallies[:-1, 0].contiguous()
 
 
+def require_possible(settings: Settings, config: HiggsAudioV2Config, device: torch.device) -> str:
+    """Asked before data are prepared, which may take hours.
+
+    Returns:
+        The attention kernel that will run.
+
+    Raises:
+        ConfigError: the machine, or the model, cannot do what the settings ask for.
+    """
+    chosen = attention.choose(settings.attention, device, torch.bfloat16 if settings.bf16 else torch.float32)
+    problems = [
+        *compiled.problems(settings, chosen, device),
+        *fused.problems(settings, device),
+        *float8.problems(settings, device),
+        *ulysses.problems(config, settings),
+    ]
+    if problems:
+        raise ConfigError("the settings cannot be used with this model on this machine", problems)
+    return chosen
+
+
 class HiggsEngine:
     """A Higgs model in training.
 
@@ -85,9 +107,7 @@ class HiggsEngine:
 
     def __init__(self, settings: Settings, world: World, files: WeightFiles, rounds: int, row: Row | None = None):
         self.settings, self.world, self.config, self.rounds = settings, world, files.config, rounds
-        dtype = torch.bfloat16 if settings.bf16 else torch.float32
-        self.attention = attention.choose(settings.attention, world.device, dtype)
-        self._require_possible()
+        self.attention = require_possible(settings, files.config, world.device)
         core = build_on_meta(files.config)
         self.whisper, whisper_line = whisper_source.resolve(settings.whisper_conditioning, files)
         if self.whisper and settings.freeze_audio_encoder_proj and not self.whisper.has_projection:
@@ -110,17 +130,6 @@ class HiggsEngine:
         blueprint = Blueprint(model, core, weights, decayed(model), shapes)
         self.backend = backend_class(settings.backend)(blueprint, settings, world, rounds)
         self._require_finite_weights(ModelError, f"{files.folder}: the model has weights", "take another copy of it")
-
-    def _require_possible(self) -> None:
-        settings, device = self.settings, self.world.device
-        problems = [
-            *compiled.problems(settings, self.attention, device),
-            *fused.problems(settings, device),
-            *float8.problems(settings, device),
-            *ulysses.problems(self.config, settings),
-        ]
-        if problems:
-            raise ConfigError("the settings cannot be used with this model on this machine", problems)
 
     def _install_forward(self, core: PackedHiggsAudio) -> None:
         """The packed forward, and what the settings put in its place."""

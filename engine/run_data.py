@@ -109,3 +109,5 @@ class RunData:
             yield f"note: {at_once} rows at a time do not divide micro_batches_per_step: {idle} idle slot(s) a step"
         if settings.warmup_steps >= planned:
             yield f"note: warmup_steps {settings.warmup_steps} is not reached within {planned} steps"
+        if settings.early_stopping_patience is not None and self.held_out is None:
+            yield "note: early_stopping_patience stops nothing, for nothing is evaluated → give validation_split"

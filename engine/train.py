@@ -19,7 +19,7 @@ from engine.data.packing import PackedBatch
 from engine.doctor.preflight import preflight, require
 from engine.errors import CheckpointError
 from engine.exit_codes import DONE, STOPPED
-from engine.higgs_engine import HiggsEngine
+from engine.higgs_engine import HiggsEngine, require_possible
 from engine.model.weights import WeightFiles
 from engine.observe import communication
 from engine.observe.early_stopping import EarlyStopping
@@ -92,6 +92,7 @@ class Run:
         torch.manual_seed(settings.seed + world.rank // settings.tensor_parallel_size)
 
         files = WeightFiles(settings.model_path)
+        require_possible(settings, files.config, world.device)
         activity.current.outside("reading the data")
         self.data = RunData(settings, world, files, reuse=checkpoint is not None, say=self.say)
         self.total = self.data.plan.total_steps

@@ -2,10 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
+
+import numpy as np
 
 from engine import rows
 from engine.cli import main
+from engine.config import Settings
 from engine.exit_codes import DIVERGED
+from engine.run_data import RunData
 from tests.checkpoint.test_resume import command
 from tests.commands import done
 
@@ -16,6 +21,27 @@ def test_a_checkpoint_beyond_the_end_is_not_taken_for_the_end(demo, tmp_path, ca
     shutil.rmtree(tmp_path / "out" / "checkpoint-3")
     assert main([*arguments, "--resume", "auto", "--max_steps", "3"]) == 2
     assert "step 6 is beyond the 3 steps of this run → raise max_steps" in capsys.readouterr().err
+
+
+def test_what_the_machine_cannot_do_is_told_before_data_are_prepared(demo, tmp_path, capsys):
+    assert main([*command(demo, tmp_path / "out", "--backend", "none")[2:], "--attention", "flex"]) == 2
+    assert "flex needs a GPU (its backward has no CPU kernel) → set attention: auto" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_settings_that_do_nothing_are_told_at_the_start():
+    settings = Settings(early_stopping_patience=2, warmup_steps=9, micro_batches_per_step=3, backend="none")
+    data = SimpleNamespace(
+        settings=settings, rows=SimpleNamespace(readers=2), rounds=2, held_out=None, world=SimpleNamespace(size=2),
+        train=SimpleNamespace(lengths=np.array([10, 20])),
+        plan=SimpleNamespace(total_steps=5, epoch=lambda _: [()] * 5),
+    )  # fmt: skip
+    notes = [line for line in RunData.describe(data) if line.startswith("note: ")]
+    assert notes == [
+        "note: 2 rows at a time do not divide micro_batches_per_step: 1 idle slot(s) a step",
+        "note: warmup_steps 9 is not reached within 5 steps",
+        "note: early_stopping_patience stops nothing, for nothing is evaluated → give validation_split",
+    ]
 
 
 def test_a_diverged_run_stops_and_stops_saving_before(demo, tmp_path, capsys):

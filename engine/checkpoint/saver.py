@@ -76,7 +76,7 @@ class Saver:
         self.output_dir, self.world, self._limit, self._keep_every = output_dir, world, limit, keep_every
         self._say, self._done = say, done
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITE) if world.size > 1 else None
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint", self._on_device) if background else None
         self._ballot = Ballot(world, dist.ReduceOp.MIN, SLOWEST_WRITE) if background else None
         self._under_way: concurrent.futures.Future | None = None
         self._copies: dict[str, torch.Tensor] = {}
@@ -173,6 +173,11 @@ class Saver:
         return copies
 
     # ---------------------------------------------------------------- one save, perhaps in the thread
+
+    def _on_device(self) -> None:
+        """A thread begins on GPU 0. DCP waits for the GPU it is on, and would make a context there in each process."""
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)
 
     def _attempt(self, manifest, state, random_state, write_once, began: float) -> "Saved | EngineError":
         try:

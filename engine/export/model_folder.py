@@ -114,7 +114,9 @@ def write_model_folder(
 
 
 def require_free(out: Path) -> None:
-    """Raises ConfigError if `out` holds something already."""
+    """Raises ConfigError if `out` holds something already, or is the folder that this is called from."""
+    if os.path.abspath(out) == os.getcwd():
+        raise ConfigError(f"{out} is the current folder, which cannot be replaced → give the name of a new one.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty → give another output folder, or remove it.")
 
@@ -126,6 +128,7 @@ def drafted(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full, or cannot be written.
     """
+    out = Path(os.path.abspath(out))  # names may end in . or ..
     draft = out.with_name(f".{out.name}.incomplete")
     try:
         if draft.exists():

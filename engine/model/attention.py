@@ -7,6 +7,8 @@
 | flex   | flex_attention with a block mask, compiled         | GPU              |
 | sdpa   | scaled_dot_product_attention, one call per sample  | CPU and GPU      |
 
+The kernels of flash and varlen are made for bf16, and for GPUs of Ampere's kind or newer.
+
 All take and give [T, heads, head_dim] in sequence order and never build a T x T mask. SDPA per sample costs what
 its samples cost (the sum of their squared lengths) and needs no kernel that the CPU lacks.
 """
@@ -19,11 +21,15 @@ from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from engine.errors import ConfigError
 
 BLOCK = 128
 """Positions of a block of flex_attention."""
+
+FLASH_CAPABILITY = (8, 0)
+"""Ampere's: the first GPUs that flash attention's kernels are made for."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ PackedAttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sa
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
+    if q.is_cuda:  # given fewer keys than queries, GPUs have no kernel for fp32 but the one with a T x T matrix
+        k, v = (for_each_query(t, q) for t in (k, v))
     outputs = []
     for parts in zip(*(t.split(bounds.lengths) for t in (q, k, v)), strict=True):
         qs, ks, vs = (part.transpose(0, 1).unsqueeze(0) for part in parts)
@@ -91,6 +99,11 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds
     return torch.cat(outputs)
 
 
+def for_each_query(t: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Keys or values [T, key-value heads, d], repeated for the queries [T, heads, d] that share them."""
+    return t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
+
+
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
@@ -99,20 +112,18 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBound
 
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     n, ends = bounds.longest, bounds.ends
-    return varlen_attn(q, k, v, ends, ends, n, n, scale=scale, **_causal_gqa_options())
+    return varlen_attn(q, k, v, ends, ends, n, n, scale=scale, **CAUSAL_GQA)
 
 
-@cache
 def _causal_gqa_options() -> dict:
-    """How this torch's varlen_attn is told: releases differ in what causality and grouped queries are called."""
-    from torch.nn.attention.varlen import varlen_attn
-
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+CAUSAL_GQA = _causal_gqa_options()
+"""How this torch's varlen_attn is told: releases differ in what causality and grouped queries are called."""
 
 
 def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SampleBounds, scale: float) -> torch.Tensor:
@@ -139,14 +150,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         ConfigError: the kernel asked for cannot run here.
     """
     gpu = device.type == "cuda"
-    half = dtype in (torch.bfloat16, torch.float16)
+    varlen_needs = [
+        ("a GPU of Ampere's kind or newer", gpu and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY),
+        ("bf16", dtype in (torch.bfloat16, torch.float16)),
+    ]
+    has_flash = importlib.util.find_spec("flash_attn") is not None
     missing = {
-        "flash": [
-            ("a GPU", gpu),
-            ("bf16", half),
-            ("flash-attn (pip install 'higgs-engine[flash]')", importlib.util.find_spec("flash_attn") is not None),
-        ],
-        "varlen": [("a GPU", gpu), ("bf16", half)],
+        "flash": [*varlen_needs, ("flash-attn (pip install 'higgs-engine[flash]')", has_flash)],
+        "varlen": varlen_needs,
         "flex": [("a GPU (its backward has no CPU kernel)", gpu)],
         "sdpa": [],
     }

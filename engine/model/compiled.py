@@ -60,7 +60,7 @@ def _samples(ends: torch.Tensor, *rows: torch.Tensor):
         yield [t[start:stop].transpose(0, 1).unsqueeze(0) for t in rows]
 
 
-@torch.library.custom_op("higgs_engine::sdpa_of_rows", mutates_args=())
+@torch.library.custom_op("higgs_engine::attention_of_rows", mutates_args=())
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +79,7 @@ def _(q, k, v, ends, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("higgs_engine::sdpa_of_rows_backward", mutates_args=())
+@torch.library.custom_op("higgs_engine::attention_of_rows_backward", mutates_args=())
 def _attend_backward(
     gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, sums: torch.Tensor,
     ends: torch.Tensor, scale: float,

@@ -56,8 +56,8 @@ class Plan:
     @property
     def peak(self) -> float:
         s, held = self.states, self.activations.peak
-        together = self.rounds > 1 or s.keeps_gradients
-        running = held + s.gradients if together else max(held, s.gradients)
+        made = s.gradients - s.lasting
+        running = s.lasting + (held + made if self.rounds > 1 else max(held, made))
         return s.weights + s.optimizer + self.overhead + max(running + s.buffers, s.gradients + s.step)
 
     def fits(self, memory: float) -> bool:

@@ -9,12 +9,13 @@ the cut, and W counts groups of processes:
 | none      | 4 P             |             | 8 N    | 4 N               |
 | fsdp      | 4 N/S + c (P-N)/S | the weights | 8 N/S | 4 N/S            |
 | ZeRO 0    | 4 P             |             | 8 N    | 4 N               |
-| ZeRO 1    | c P             | 4 N/W       | 8 N/W  | 4 N               |
+| ZeRO 1    | c P             | 4 N/W       | 8 N/W  | 4 N, in bf16 6 N  |
 | ZeRO 2    | c P             | 4 N/W       | 8 N/W  | 4 N/W             |
 | ZeRO 3    | c P/W           | 4 N/W       | 8 N/W  | 4 N/W             |
 
 AdamW's 8 are 4 with `optimizer_state_dtype: bf16`, 2 with int8. Masters are counted with the optimizer. Offloaded
-states lie in host memory instead.
+states lie in host memory instead. ZeRO 1 in bf16 is another optimizer of DeepSpeed's: it adds whole gradients in bf16
+to whole ones in fp32, which it has from the start.
 """
 
 import json
@@ -28,6 +29,9 @@ from engine.model.packed import PackedHiggsAudio
 
 MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2 + 8 / 256}
 """Bytes of both moments of a parameter (engine/backends/moments.py); in 8 bits, two scales for 256."""
+
+BUCKET = 5e8
+"""Elements that DeepSpeed reduces at once, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class States:
         weights, gradients, optimizer: gradients when all of them are there.
         buffers: gathered weights and gradients on their way, while forward and backward run.
         step: what the optimizer's step takes beside the states, when activations are gone.
-        keeps_gradients: whether they have their memory from the start, not as the backward makes them.
+        lasting: of the gradients, those that have their memory from the start, not as the backward makes them.
         host: bytes of what is offloaded, in host memory.
     """
 
@@ -67,7 +71,7 @@ class States:
     optimizer: float
     buffers: float
     step: float
-    keeps_gradients: bool = False
+    lasting: float = 0.0
     host: float = 0.0
 
 
@@ -113,24 +117,28 @@ def _deepspeed(sizes: Sizes, settings: Settings, processes: int, on_gpu: bool) -
     if not stage:
         return _unsharded(sizes, settings)
     mine = sizes.trained / processes
+    optimizer = (4 + MOMENTS[settings.optimizer_state_dtype]) * mine
+    if stage == 1 and settings.bf16 and "offload_optimizer" not in zero:
+        lasting = 4.0 * sizes.trained
+        joined = lasting if sizes.trained <= BUCKET else 0.0  # small ones are put together to be reduced
+        return States(c * sizes.total, lasting + c * sizes.trained, optimizer, 0, joined, lasting)
     weights = c * sizes.total / (processes if stage == 3 else 1)
     if zero.get("zero_hpz_partition_size", 1) > 1:
         weights += c * sizes.total / zero["zero_hpz_partition_size"]
-    bucket = min(zero.get("reduce_bucket_size", 5e8), sizes.trained)
+    bucket = min(zero.get("reduce_bucket_size", BUCKET), sizes.trained)
     buffers = 4 * bucket
     if zero.get("overlap_comm", stage == 3):  # a second bucket; on a CPU what is never written takes no memory
         buffers += 4 * (bucket if on_gpu else min(bucket, sizes.trained - bucket))
     if stage == 3:
         buffers += c * min(zero.get("stage3_max_live_parameters", 1e9), sizes.total)
-    optimizer = (4 + MOMENTS[settings.optimizer_state_dtype]) * mine
     gradients, host = 4 * (sizes.trained if stage == 1 else mine), 0.0
     # the step makes the gradients one flat tensor; stage 3 steps a group of `sub_group_size` at a time
     step = 4 * (min(mine, zero.get("sub_group_size", 1e9)) if stage == 3 else mine)
-    if stage < 3 and settings.micro_batches_per_step > processes:
+    if stage < 3 and settings.micro_batches_per_step > processes // settings.sequence_parallel_size:
         # before, at the end of a later micro-batch: its gradients in the buckets, and those to be added to the earlier
         step = max(step, buffers + 4 * mine)
     if "offload_optimizer" in zero:
         host, optimizer, gradients, step = optimizer + gradients, 0.0, 0.0, 0.0
     if "offload_param" in zero:
         host, weights = host + weights, 0.0
-    return States(weights, gradients, optimizer, buffers, step, keeps_gradients=stage == 3, host=host)
+    return States(weights, gradients, optimizer, buffers, step, lasting=gradients if stage == 3 else 0.0, host=host)

@@ -13,11 +13,12 @@ through Whisper, so that of two processes one never is. The Whisper model and th
 import gc
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +27,7 @@ from engine.data.packing import pack
 from engine.higgs_engine import HiggsEngine, Targets
 from engine.model import compiled
 from engine.model.weights import WeightFiles
+from engine.plan.states import Sizes, states
 from engine.runtime.distributed import World, exit_cleanly, init_process_group, shutdown
 from tests.model.whisper_tiny import heard_sample
 from tests.tiny import random_sample
@@ -84,6 +86,20 @@ def settings_for(case: str, model: str, world_size: int) -> Settings:
     return settings.with_resolved(world_size, has_gpu=False)
 
 
+@contextmanager
+def never_waiting():
+    """In no micro-batch DeepSpeed waits for the device, which on a CPU would not show."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator, waits = get_accelerator(), []
+    accelerator.synchronize = lambda *_: waits.append("waited")
+    try:
+        yield
+    finally:
+        del accelerator.synchronize
+    assert not waits
+
+
 def piece_of(settings: Settings, world: World) -> tuple[int, int]:
     return world.rank % settings.sequence_parallel_size, settings.sequence_parallel_size
 
@@ -107,8 +123,10 @@ def run(case: str, model: str, world) -> dict[str, np.ndarray]:
         mine = [pack(batch, files.config.audio_token_id, piece) for batch in samples[reader::readers]]
         # counted once, for it takes time; never compiled, for the compiler refuses to work where operations are counted
         counts = step == steps - 1 and "-compiled" not in case
-        with Collectives() if counts else nullcontext({}) as collectives:
+        with Collectives() if counts else nullcontext({}) as collectives, never_waiting():
             sums = engine.accumulate(mine, targets)
+        if case.startswith("zero1-bf16"):
+            require_planned_gradients(engine)
         for name, gradient in engine.gradients():
             if step in (0, steps - 1):
                 results[f"gradient {step} {name}"] = gradient.detach().float().clone().cpu().numpy()
@@ -129,6 +147,15 @@ def require_exact_masters(engine: HiggsEngine, files: WeightFiles) -> None:
         if name != key and name in files.shapes:
             wanted = files.read(name).reshape(-1)[fragment.start : fragment.start + len(fragment.local)]
             assert torch.equal(fragment.local, wanted), f"{name} starts rounded"
+
+
+def require_planned_gradients(engine: HiggsEngine) -> None:
+    """ZeRO 1 in bf16 holds as many bytes of gradients as the memory plan says, once in bf16 and once in fp32."""
+    model, kept = engine.backend.model, engine.backend.engine.optimizer.fp32_groups_gradients_flat
+    planned = states(Sizes.of(model, model), engine.settings, engine.world.size, on_gpu=True)
+    assert sum(flat.nbytes for flat in kept) == pytest.approx(planned.lasting, rel=0.01)
+    made = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert made == pytest.approx(planned.gradients - planned.lasting)
 
 
 def main() -> None:

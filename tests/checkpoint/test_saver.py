@@ -15,6 +15,7 @@ from engine.checkpoint import lifecycle, saver
 from engine.checkpoint.lifecycle import checkpoints, find
 from engine.checkpoint.saver import Saver
 from engine.errors import CheckpointError
+from engine.runtime.distributed import World
 from tests.checkpoint.test_lifecycle import WORLD, manifest, names, silent, write_once
 from tests.processes import run
 
@@ -73,6 +74,16 @@ FAULTS = {
     vanished: "No such file or directory",
     read_only: "Read-only file system",
 }
+
+
+def test_the_thread_is_on_its_process_own_gpu(tmp_path, monkeypatch):
+    on = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: on.append((device, threading.current_thread())))
+    world = World(3, 3, 1, torch.device("cuda", 3))
+    saver = Saver(tmp_path, world, limit=None, keep_every=None, background=True, say=silent)
+    thread = saver._thread.submit(threading.current_thread).result()
+    saver.finish()
+    assert on == [(world.device, thread)]
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, HiggsAudioV2Config, HiggsAudioV2ForCondi
 
 from engine.errors import ConfigError, ModelError
 from engine.export.export import export
+from engine.export.model_folder import drafted
 from engine.export.original_format import KEPT_CONFIG
 from engine.model.initial import build_on_meta
 from engine.model.keys import native_name, original_name
@@ -177,6 +179,20 @@ def test_a_conditioning_that_the_originals_code_cannot_run_is_refused(demo, tmp_
     assert said.code == 2 and "num_mel_bins is 80, the original's code computes with 128" in said.errors
     assert "--format native" in said.errors
     assert not list(tmp_path.glob("*boson*")) and not list(tmp_path.glob(".*boson*"))
+
+
+@pytest.mark.parametrize("out", [".", "../here"])
+def test_the_current_folder_is_refused(out, demo, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ConfigError, match="is the current folder, which cannot be replaced → give the name"):
+        export(demo.model_path, Path(out), "native")
+
+
+def test_a_folder_may_be_named_by_a_way_around(tmp_path):
+    with drafted(tmp_path / "not there" / ".." / "out") as draft:
+        (draft / "file").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_what_is_no_whole_model_is_refused(demo, tmp_path):

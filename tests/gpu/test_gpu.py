@@ -144,11 +144,22 @@ def test_kernel_equals_fp32_attention(kernel):
         assert torch.linalg.vector_norm(g - w) <= KERNEL_TOLERANCE * w.norm(), name
 
 
+def test_fp32_attention_makes_no_square_matrix():
+    """A sample of 8192 tokens would have 1.5 GiB of scores; its queries, and what is like them, have 24 MiB each."""
+    tokens = 8192
+    bounds = SampleBounds((tokens,), torch.tensor([0, tokens], dtype=torch.int32, device="cuda"), tokens)
+    inputs = [torch.randn(tokens, heads, 128, device="cuda", requires_grad=True) for heads in (6, 2, 2)]
+    torch.cuda.reset_peak_memory_stats()
+    IMPLEMENTATIONS["sdpa"](*inputs, bounds, 128**-0.5).sum().backward()
+    assert torch.cuda.max_memory_allocated() < 2**29
+
+
 def train(folder, world: World, steps: int, bf16: bool, sync_debug_mode=lambda mode: None) -> tuple[float, float]:
     """Text loss of the first and of the last of a few steps, the last ones under "error" of the debug mode."""
     small_model("cpu", torch.float32).save_pretrained(folder)
-    settings = Settings(model_path=folder, backend="fsdp", bf16=bf16, text_loss_weight=1.0, skip_spikes_sigma=6.0)
     mixes = [samples_of(mix) for mix in MIXES]
+    settings = Settings(model_path=folder, backend="fsdp", bf16=bf16, text_loss_weight=1.0, skip_spikes_sigma=6.0,
+                        micro_batches_per_step=len(mixes)).with_resolved(1, has_gpu=True)  # fmt: skip
     targets = targets_of([s for samples in mixes for s in samples])
     engine = HiggsEngine(settings, world, WeightFiles(folder), rounds=len(mixes))
     batches = [pack(samples, AUDIO).to(world.device) for samples in mixes]

@@ -6,7 +6,8 @@ import torch
 
 from engine.data.packing import empty_sample, pack
 from engine.data.prompts import IGNORED
-from engine.model.attention import IMPLEMENTATIONS, SampleBounds
+from engine.errors import ConfigError
+from engine.model.attention import IMPLEMENTATIONS, SampleBounds, choose, for_each_query
 from engine.model.loss import CHUNK_ROWS, linear_cross_entropy
 from engine.model.packed import install
 from engine.model.recompute import MODES
@@ -147,4 +148,18 @@ def test_flex_attention_gives_the_numbers_of_sdpa():
     q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (4, 2, 2))
     with torch.no_grad():
         got, wanted = (IMPLEMENTATIONS[name](q, k, v, bounds, 0.25) for name in ("flex", "sdpa"))
+        repeated = IMPLEMENTATIONS["sdpa"](q, for_each_query(k, q), for_each_query(v, q), bounds, 0.25)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(repeated, wanted, rtol=1e-5, atol=1e-5)  # as on a GPU
+
+
+@pytest.mark.parametrize("capability, dtype, chosen", [
+    ((7, 5), torch.bfloat16, "sdpa"), ((8, 0), torch.float32, "sdpa"), ((8, 0), torch.bfloat16, "varlen"),
+])  # fmt: skip
+def test_a_kernel_that_the_gpu_has(capability, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose("auto", torch.device("cuda"), dtype) == chosen
+    if chosen == "sdpa":
+        with pytest.raises(ConfigError, match="varlen needs (a GPU of Ampere's kind|bf16).* → set attention: auto"):
+            choose("varlen", torch.device("cuda"), dtype)

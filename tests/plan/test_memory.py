@@ -139,6 +139,18 @@ def test_what_is_split_over_processes(backend, gone):
     assert four["activations"] == alone["activations"]
 
 
+def test_gradients_that_last_do_not_come_as_activations_go():
+    """ZeRO 1 in bf16 has them in fp32 from the start; what the backward makes is bf16."""
+    planner, row = Planner(config_of(num_hidden_layers=2), on_gpu=True), Row(4000, 3600, 40, 2000)
+    zero1 = {"backend": "deepspeed", "ds_config": "zero1", "bf16": True}
+    every = [settings_of(**zero1, micro_batches_per_step=n).with_resolved(1, has_gpu=True) for n in (1, 2)]
+    one, two = (planner.plan(settings, 1, row, "none") for settings in every)
+    n, held = planner.sizes(every[0]).trained, one.activations.peak
+    assert held > 2 * n, "else the step is the peak"
+    fixed = (2 + 12) * n + 2 * GIB
+    assert one.peak == pytest.approx(fixed + 4 * n + held) and two.peak == pytest.approx(fixed + 6 * n + held)
+
+
 def test_a_run_that_cannot_fit_is_told_so_with_a_change_that_fits(monkeypatch):
     config, world = config_of(num_hidden_layers=2), World(0, 0, 1, torch.device("cuda"))
     settings = settings_of(gradient_checkpointing="none", bf16=True).with_resolved(1, has_gpu=True)
