@@ -133,11 +133,11 @@ def _load(spec: str) -> Callback:
     sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
-        made = getattr(module, name)()
-    except AttributeError as error:
-        raise _NotUsable(f"{error} → one of the classes of {path.name}") from error
+        made = getattr(module, name)() if hasattr(module, name) else None
     except Exception as error:
         raise _NotUsable(f"{type(error).__name__}: {error} → mend the file") from error
+    if made is None:
+        raise _NotUsable(f"{path.name} has no {name} → one of its classes")
     if not isinstance(made, Callback):
         raise _NotUsable("is no engine.callbacks.Callback → let the class inherit from it")
     return made

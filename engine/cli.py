@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from engine.cli_help import BELOW
 from engine.cli_options import parser_of, with_settings
 from engine.cli_weights import adapters, consolidate, convert_checkpoint, export, inspect, merge, verify
 from engine.errors import EngineError
@@ -40,10 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _rank() == getattr(error, "spokesman", 0):
             print(f"\nhiggs-engine {name}: {error}", file=sys.stderr, flush=True)
         code = error.code
-    except Exception:
-        if not launched:
+    except Exception as error:
+        if launched:
+            traceback.print_exc()  # what Python would do; but its teardown may wait for peers that are gone
+        elif isinstance(error, BrokenPipeError):  # `... | head` has read enough; what is left would fail at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        elif isinstance(error, OSError) and error.filename and name not in ON_ALL_RANKS:
+            remedy = "look whether it, or its folder, is there and may be read and written"
+            print(f"\nhiggs-engine {name}: {error.filename}: {error.strerror} → {remedy}", file=sys.stderr)
+            code = MISTAKE
+        else:
             raise
-        traceback.print_exc()  # what Python would do; but its teardown may wait for peers that are gone
     finally:
         activity.current.ends(code)
     if launched:
@@ -80,7 +88,7 @@ def train(argv: list[str]) -> int:
 
     if {"-h", "--help"} & set(argv):
         print(help_text("higgs-engine train"))
-        print(f"What is no setting:\n{dry_run.HELP}")
+        print(f"What is no setting:\n{dry_run.HELP}\n\nfor example:\n{BELOW['train']}")
         return 0
     given = dry_run.without(argv)
     settings = parse(given)
@@ -96,25 +104,19 @@ def evaluate(argv: list[str]) -> int:
     """Measures a model, an adapter or a checkpoint on held-out data; on all GPUs by `train.sh evaluate ...`."""
     from engine.config import parse
 
-    parser = parser_of("evaluate", evaluate, settings=True, epilog=EVALUATE)
+    parser = parser_of("evaluate", evaluate, settings=True)
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a checkpoint of a run, and its settings")
     parser.add_argument("--out", type=Path, default=Path("evaluation.json"), help="file to write (evaluation.json)")
-    args, rest = with_settings(parser, argv)
-    if args.checkpoint is not None and not {"--config"} & {word.partition("=")[0] for word in rest}:
+    without = ("train_data_file", "audio_tokenizer_path")
+    args, rest = with_settings(parser, argv, without)
+    if args.out.is_dir():
+        parser.error(f"--out {args.out}: is a folder; give the name of a file, such as {args.out / 'evaluation.json'}")
+    if args.checkpoint is not None and "--config" not in {word.partition("=")[0] for word in rest}:
         rest = ["--config", str(args.checkpoint / "config.yaml"), *rest]
-    settings = parse(rest, "higgs-engine evaluate", optional=("train_data_file", "audio_tokenizer_path"))
+    settings = parse(rest, "higgs-engine evaluate", optional=without)
     from engine.evaluation import evaluate as run
 
     return run(settings, args.checkpoint and args.checkpoint.absolute(), args.out.absolute())
-
-
-EVALUATE = """\
-a model     --model_path RUN/model --audio_tokenizer_path CODEC --eval_data_file DATA
-an adapter  --config RUN/config.yaml --lora_adapter_path RUN/lora_adapters
-a checkpoint  --checkpoint RUN/checkpoint-500      its settings are the run's, and what comes after is stronger
-
-without eval_data_file: what validation_split sets aside of train_data_file, as the run did
-"""
 
 
 def generate(argv: list[str]) -> int:
@@ -122,7 +124,7 @@ def generate(argv: list[str]) -> int:
     from engine.data.formats import FORMATS
     from engine.data.layouts import LAYOUTS
 
-    parser = parser_of("generate", generate, epilog=GENERATE)
+    parser = parser_of("generate", generate)
     add = parser.add_argument
     model = "model folder of either format, or a run's output folder or checkpoint-N"
     add("--model_path", type=Path, required=True, metavar="FOLDER", help=model)
@@ -149,14 +151,6 @@ def generate(argv: list[str]) -> int:
     return DONE if run(Request(**vars(args))) else MISTAKE
 
 
-GENERATE = """\
-with --input the folder gets 00.wav, 01.wav, ..., references and targets in prompts/, and samples.jsonl with a line of
-numbers for each; without a model for them word errors and voice are left out, the other scores need none
-
-exit code 2: some rows could not be spoken; the table says why
-"""
-
-
 def prepare(argv: list[str]) -> int:
     """Turns data of any format into a prepared store; on all GPUs by `bash launch/train.sh prepare ...`."""
     from engine.config import parse
@@ -176,11 +170,12 @@ def validate(argv: list[str]) -> int:
     from engine.config import parse
 
     parser = parser_of("validate", validate, settings=True)
-    parser.add_argument("--report", type=Path, default=Path("data-report"), help="folder of the report")
-    parser.add_argument("--show", type=int, metavar="ROW", help="print turns, tokens, delay grid and labels of a row")
-    args, rest = with_settings(parser, argv)
-    needed_anyway = () if args.show is not None else ("model_path", "audio_tokenizer_path")
-    settings = parse(rest, "higgs-engine validate", optional=needed_anyway)
+    parser.add_argument("--report", type=Path, default=Path("data-report"), help="folder of the report (data-report)")
+    shown = "print turns, tokens, delay grid and labels of a row, for which it needs model and codec"
+    parser.add_argument("--show", type=int, metavar="ROW", help=shown)
+    without = ("model_path", "audio_tokenizer_path")
+    args, rest = with_settings(parser, argv, without)
+    settings = parse(rest, "higgs-engine validate", optional=without if args.show is None else ())
     from engine.prepare import show_row, validate_all
 
     if args.show is not None:
@@ -199,10 +194,11 @@ def plan(argv: list[str]) -> int:
     add("--gpu_memory", type=float, default=80, metavar="GIB", help="memory of each (default 80)")
     add("--peak_tflops", type=float, default=989, help="their dense bf16 peak (default 989: H100, H200)")
     add("--efficiency", type=float, default=0.4, help="share of it that training reaches, the MFU (default 0.4)")
-    args, rest = with_settings(parser, argv)
+    without = ("audio_tokenizer_path", "train_data_file")
+    args, rest = with_settings(parser, argv, without)
     if min(args.gpus, args.gpu_memory, args.peak_tflops, args.efficiency) <= 0:
         parser.error("--gpus, --gpu_memory, --peak_tflops and --efficiency have to be above 0")
-    settings = parse(rest, "higgs-engine plan", optional=("audio_tokenizer_path", "train_data_file"))
+    settings = parse(rest, "higgs-engine plan", optional=without)
     from engine.model.weights import load_config
     from engine.plan.report import Machine, report
 
@@ -218,7 +214,7 @@ def convert(argv: list[str]) -> None:
     from engine.data.formats import convert as run
 
     listing = "\n".join(f"  {name:<15} {format.summary}" for name, format in FORMATS.items())
-    parser = parser_of("convert", convert, epilog=f"formats:\n{listing}")
+    parser = parser_of("convert", convert, more=f"formats:\n{listing}")
     parser.add_argument("source", type=Path, help="data file or folder")
     parser.add_argument("target", type=Path, help="new data file or folder")
     parser.add_argument("--to", choices=FORMATS, required=True, help="format to write")
@@ -230,23 +226,16 @@ def convert(argv: list[str]) -> None:
 
 def doctor(argv: list[str]) -> int:
     """Checks machines and network before training; over all ranks by `bash launch/train.sh doctor ...`."""
-    parser = parser_of("doctor", doctor, settings=True, epilog=DOCTOR)
+    parser = parser_of("doctor", doctor, settings=True)
     add = parser.add_argument
     add("--patience", type=float, default=60, metavar="S", help="seconds to wait for ranks and network (default 60)")
     add("--json", type=Path, metavar="FILE", help="also write everything that was found there")
-    args, rest = with_settings(parser, argv)
+    args, rest = with_settings(parser, argv, ("model_path", "audio_tokenizer_path", "train_data_file"))
     if args.patience <= 0:
         parser.error("--patience has to be above 0")
     from engine.doctor.examination import examine
 
     return examine(rest, args.patience, args.json)
-
-
-DOCTOR = """\
-settings are optional: with them (--config recipe.yaml ...) also what they name is checked: data, model, output folder
-
-exit code 0: training may begin; 2: something would make it fail, and each failure is followed by what to do
-"""
 
 
 def report(argv: list[str]) -> None:
@@ -259,20 +248,19 @@ def report(argv: list[str]) -> None:
         "--out", type=Path, metavar="FILE", help="the page (default: RUN_DIR/report.html; of several, comparison.html)"
     )
     args = parser.parse_args(argv)
-    if len(args.runs) > 1:
-        from engine.report.comparison import write_comparison
-
-        print(f"comparison written to {write_comparison(args.runs, args.out or Path('comparison.html'))}")
-        return
+    from engine.report.comparison import write_comparison
     from engine.report.page import write_report
 
-    print(f"report written to {write_report(args.runs[0], args.out)}")
+    if len(args.runs) > 1:
+        print(f"comparison written to {write_comparison(args.runs, args.out or Path('comparison.html'))}")
+    else:
+        print(f"report written to {write_report(args.runs[0], args.out)}")
 
 
 def demo(argv: list[str]) -> None:
-    """Trains a small random Higgs on speech-like data that it makes itself, end to end, in about a minute."""
+    """Trains a small random Higgs on speech-like data that it makes itself, end to end, in a few minutes."""
     parser = parser_of("demo", demo)
-    parser.add_argument("--folder", type=Path, default=Path("output/demo"), help="where everything goes")
+    parser.add_argument("--folder", type=Path, default=Path("output/demo"), help="where everything goes (output/demo)")
     parser.add_argument("--recordings", type=Path, help="folder of name.wav + name.txt to train on instead")
     args, settings = parser.parse_known_args(argv)
     from engine.demo import run

@@ -120,7 +120,7 @@ def inspect(argv: list[str]) -> None:
 
 def convert_checkpoint(argv: list[str]) -> None:
     """Takes a checkpoint to plain DeepSpeed, or the weights out of one that DeepSpeed wrote."""
-    parser = parser_of("convert-checkpoint", convert_checkpoint, epilog=CONVERT_CHECKPOINT)
+    parser = parser_of("convert-checkpoint", convert_checkpoint)
     parser.add_argument("checkpoint", type=Path, help="checkpoint-N, or for --to model a DeepSpeed checkpoint")
     parser.add_argument("--to", choices=("universal", "model"), required=True, help="what to make of it")
     parser.add_argument("--out", type=Path, required=True, help="new folder to write")
@@ -142,14 +142,3 @@ def convert_checkpoint(argv: list[str]) -> None:
 
     to_model(args.checkpoint, WeightFiles(args.base_model_path), args.out, args.dtype)
     print(f"model written to {args.out}; train on from it with --model_path {args.out}")
-
-
-CONVERT_CHECKPOINT = """\
-between our own backends nothing has to be converted: any run resumes any checkpoint, on any number of processes
-
---to universal   a checkpoint-N for a DeepSpeed program without this engine: weights and moments, ZeRO 1 to 3, any
-                 number of processes; learning rate and weight decay are the program's, not the run's
---to model       the weights of a checkpoint that DeepSpeed wrote, universal or ZeRO's shards, as a model folder; no
-                 more of it can be taken, for a run goes on only where its data plan does; files that hold more than
-                 DeepSpeed's own records are refused, for reading them could run any code
-"""

@@ -7,7 +7,7 @@ A setting is described once, where it is declared (engine/config.py); a metric l
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
 from engine.config import FIELDS, GROUPS, SCHEMA
@@ -36,6 +36,12 @@ first. What is not known (no targets of that kind in the step, no GPU) is null.
 """
 
 
+SCORES_ABOUT = """\
+Of generated speech: under `scores` in each line of `samples/samples.jsonl`, with `transcript`, what was recognised.
+Words need `asr_model_path`, the voice `speaker_model_path`; without them these are null.
+"""
+
+
 def settings_page() -> Iterator[str]:
     """Lines of docs/settings.md."""
     yield from (MADE.format(""), "", SETTINGS)
@@ -50,16 +56,23 @@ def settings_page() -> Iterator[str]:
 
 def metrics_page() -> Iterator[str]:
     """Lines of docs/metrics.md."""
+    from engine.evaluate.scores import SCORES
+
     yield from (MADE.format(" metrics"), "", METRICS)
-    better = {True: "higher", False: "lower", None: ""}
     for group, text in schema.GROUPS.items():
         yield from (f"## {group}", "", f"{text[0].upper()}{text[1:]}.", "")
-        yield from ("| metric | unit | better | meaning |", "|---|---|---|---|")
-        for metric in schema.METRICS:
-            if metric.group == group:
-                cells = (f"`{metric.name}`", metric.unit, better[metric.higher_is_better], _cell(metric.meaning))
-                yield f"| {' | '.join(cells)} |"
-        yield ""
+        yield from _table(metric for metric in schema.METRICS if metric.group == group)
+    yield from ("## scores of samples", "", SCORES_ABOUT)
+    yield from _table(SCORES)
+
+
+def _table(metrics: Iterable[schema.Metric]) -> Iterator[str]:
+    better = {True: "higher", False: "lower", None: ""}
+    yield from ("| metric | unit | better | meaning |", "|---|---|---|---|")
+    for metric in metrics:
+        cells = (f"`{metric.name}`", metric.unit, better[metric.higher_is_better], _cell(metric.meaning))
+        yield f"| {' | '.join(cells)} |"
+    yield ""
 
 
 def _anchor(heading: str) -> str:

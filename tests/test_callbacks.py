@@ -14,6 +14,7 @@ from engine.observe import journal
 from engine.observe.early_stopping import EarlyStopping
 from engine.runtime.distributed import World
 from tests.commands import done
+from tests.evaluate import judges
 
 RECORDER = '''
 import json
@@ -54,7 +55,9 @@ def test_hooks_are_told_in_order_and_a_run_ends_when_nothing_gets_better(demo, t
         train_data_file=demo.data_file, codes_cache_dir=demo.data_file.parent / "codes", backend="none",
         output_dir=out, max_tokens_per_micro_batch=900, dataloader_num_workers=0, max_steps=9, warmup_steps=0,
         learning_rate=1e-30, eval_steps=1, validation_split=0.2, early_stopping_patience=2, save_steps=50,
-        report_to="none", logging_steps=2, callbacks=f"{tmp_path / 'hooks.py'}:Recorder",
+        report_to="none", logging_steps=2, callbacks=f"{tmp_path / 'hooks.py'}:Recorder", sample_every=8,
+        sample_count=1, sample_seconds=0.6, sample_prompts=demo.data_file,
+        asr_model_path=judges.ctc(tmp_path / "asr", "B"), speaker_model_path=judges.voices(tmp_path / "voices"),
     )  # fmt: skip
     told = [tuple(json.loads(line)) for line in (out / "told.jsonl").read_text().splitlines()]
     assert [line[:2] for line in told] == [
@@ -68,6 +71,10 @@ def test_hooks_are_told_in_order_and_a_run_ends_when_nothing_gets_better(demo, t
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert len(losses) == 3 and len(set(losses)) == 1 and losses[0] == told[3][2]
     assert "ends after step 3 of 9: the held-out loss has not fallen for 2 evaluation(s); the best was" in said
+    spoken = journal.read(out / "samples/samples.jsonl")
+    assert [line["step"] for line in spoken] == [3] and spoken[0]["file"], "its last weights are heard"
+    assert spoken[0]["name"] == "demo.json row 0" and spoken[0]["scores"]["transcript"] == "B", "of sample_prompts"
+    assert spoken[0]["scores"]["speaker_similarity"] and "samples: " in said and "WER 1" in said
     best = (out / "best").read_text()
     assert f"done: {out / 'model'} (of {best}, the best)" in said
     assert load_manifest(out / best).eval_loss == losses[0]
@@ -102,11 +109,16 @@ def test_patience_by_hand(tmp_path):
 def test_all_hooks_that_cannot_be_used_are_named_at_once(tmp_path):
     file = tmp_path / "bad.py"
     file.write_text("class Plain:\n    pass\n\nclass Broken:\n    def __init__(self):\n        1 / 0\n")
+    (tmp_path / "odd.py").write_text("import math\nmath.nothing\n")
     with pytest.raises(ConfigError) as caught:
-        load([f"{tmp_path / 'none.py'}:A", f"{file}:Missing", f"{file}:Plain", f"{file}:Broken", "json"])
+        load([*(f"{file}:{name}" for name in ("Missing", "Plain", "Broken")), "json", f"{tmp_path}/none.py:A",
+              f"{tmp_path}/odd.py:A"])  # fmt: skip
     message = str(caught.value)
-    assert message.count("→") == 5
-    for part in ("none.py:A: there is no such file", "Missing", "is no engine.callbacks.Callback", "ZeroDivisionError"):
+    assert message.count("→") == 6
+    for part in (
+        "none.py:A: there is no such file", "bad.py has no Missing → one", "is no engine.callbacks.Callback",
+        "ZeroDivisionError", "'nothing' → mend the file",
+    ):  # fmt: skip
         assert part in message
 
 

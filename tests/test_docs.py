@@ -5,6 +5,7 @@ by the engine in this process, on the demo's model under the names that the page
 Those of several machines (launch/README.md) are run by tests/launch/test_two_nodes.py.
 """
 
+import inspect
 import json
 import os
 import re
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from engine import config_reference
+from engine.callbacks import Callback
 from engine.cli import COMMANDS
+from engine.cli_help import BELOW
 from engine.config import FIELDS, parse
 from tests.commands import command, done
-from tests.launch.test_recipes import FOR_GPUS, header
+from tests.launch.test_recipes import FOR_GPUS, PARTS, RECIPES, header
 from tests.processes import ROOT
 
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / "docs").glob("*.md")}
@@ -143,6 +146,12 @@ def test_the_hook_of_the_page_is_called_and_stops_the_run(desk):
     assert (desk / "out-bell/checkpoint-1").is_dir() and not (desk / "out-bell/checkpoint-2").exists()
 
 
+def test_every_hook_stands_in_the_table():
+    told = re.findall(r"^\| `(\w+)\((.*?)\)`", PAGES["docs/callbacks.md"], re.MULTILINE)
+    hooks = {name: inspect.getfullargspec(hook).args[1:] for name, hook in vars(Callback).items() if name[0] != "_"}
+    assert {name: words.split(", ") if words else [] for name, words in told} == hooks
+
+
 # ---------------------------------------------------------------- what it says
 
 
@@ -158,6 +167,7 @@ def test_a_setting_and_a_metric_stand_there_with_all_that_is_known_of_them():
     assert "| `resume` | `none` |" in page and "| `model_path` | required |" in page
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(FIELDS)
     assert "| `eos_loss` | nats | lower |" in config_reference.page("metrics")
+    assert "| `speaker_similarity` |  | higher |" in config_reference.page("metrics")
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
@@ -187,16 +197,29 @@ def test_every_page_is_reached_from_the_readme():
 HELP: dict[str, str] = {}
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
+@pytest.mark.parametrize("page", sorted(PAGES) + ["--help"])
 def test_flags_of_commands_exist(page):
-    """Also of commands within a sentence."""
-    joined = re.sub(r"\\\n\s*", "", PAGES[page])
+    """Also of commands within a sentence, and in the examples of --help."""
+    joined = re.sub(r"\\\n\s*", "", PAGES.get(page) or "".join(BELOW.values()))
     for name, rest in re.findall(r"higgs-engine\s+([a-z-]+)([^`\n]*)", joined):
         assert name in COMMANDS, name
         if name not in HELP:
             HELP[name] = command(name, "--help").out
+            assert BELOW[name].rstrip() in HELP[name]
+            HELP[name] = HELP[name].replace(BELOW[name].rstrip(), "")  # examples prove nothing
         for flag in re.findall(r"(--\w+)", rest.partition("#")[0]):
             assert re.search(rf"{flag}\b", HELP[name]), f"{name} {flag}"
+
+
+def test_help_says_what_a_command_does_without():
+    """Though the settings below it are marked as required, as training requires them."""
+    assert "does without model_path, audio_tokenizer_path, which" in command("validate", "--help").out
+    assert "does without" not in command("prepare", "--help").out
+
+
+def test_every_recipe_says_what_the_readme_promises():
+    for file in RECIPES:
+        assert set(PARTS) - header(file).keys() <= ({"plan"} if file.stem == "demo" else set()), file.stem
 
 
 def test_numbers_of_recipes_are_those_of_their_headers():

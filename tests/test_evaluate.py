@@ -74,5 +74,6 @@ def test_what_cannot_be_evaluated_is_said(demo, parts, tmp_path):
     said = command("evaluate", *words, "--audio_tokenizer_path", demo.audio_tokenizer_path)
     assert said.code == 2
     assert "eval_data_file: there is nothing to evaluate on → give it, or train_data_file and" in said.errors
+    assert f"--out {tmp_path}: is a folder" in command("evaluate", *words, "--out", tmp_path).errors, "before it begins"
     said = command("evaluate", "--checkpoint", tmp_path / "none")
     assert said.code == 2 and "none" in said.errors

@@ -1,6 +1,7 @@
 """`higgs-engine generate`: a text to a wav, or the rows of a data file to a folder of them, with their scores."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -63,16 +64,25 @@ class Request:
             yield "reference: the rows of --input have references of their own → leave it out, or give --text"
         if self.reference_text is not None and self.reference is None:
             yield "reference_text: belongs to a recording → give --reference WAV too"
-        if self.max_seconds <= 0:
-            yield f"max_seconds: {self.max_seconds:g} is not above 0 → e.g. 30"
-        if self.temperature is not None and self.temperature < 0:
-            yield f"temperature: {self.temperature:g} is below 0 → 0 takes the most likely code, 1 is usual"
+        if not 0 < self.max_seconds < math.inf:
+            yield f"max_seconds: {self.max_seconds:g} is no length above 0 → e.g. 30"
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            yield f"temperature: {self.temperature:g} is not 0 or above → 0 takes the most likely code, 1 is usual"
+        if self.device is not None and not _is_there(self.device):
+            yield f"device: there is no {self.device} on this machine → cpu, cuda, cuda:1, ...; or leave it out"
 
     def layout(self, found: ModelFiles) -> Layout:
         """The turns of the run that made the model, if it is known; what is given counts before it."""
         layout = Layout() if found.settings is None else Layout.of(found.settings)
         given = {"name": self.prompt_layout, "scene": self.scene}
         return replace(layout, **{name: value for name, value in given.items() if value is not None})
+
+
+def _is_there(device: str) -> bool:
+    try:
+        return torch.zeros(1, device=device).item() == 0
+    except (RuntimeError, AssertionError, NotImplementedError):  # no such name, no driver, no such number, ...
+        return False
 
 
 def generate(request: Request) -> bool:

@@ -1,5 +1,5 @@
-"""What the model sounds like while it trains: every `sample_every` steps the same prompts, spoken with the weights of
-now, in `samples/`.
+"""What the model sounds like while it trains: every `sample_every` steps, and at the end, the same prompts, spoken with
+the weights of now, in `samples/`.
 
 Where each process has all weights, the model in training speaks, each process a share of the prompts; else a copy of
 the gathered weights on the main process does (whole_model.py), while the others wait at the rendezvous store, where no
@@ -49,6 +49,7 @@ class Sampler(Callback):
     def __init__(self) -> None:
         self.prompts: list[SpeechPrompt] = []
         self.heard: list[Heard] = []
+        self._newest = 0  # step of the newest round
 
     def on_start(self, run: "Run", step: int) -> None:
         """Chooses the prompts.
@@ -96,9 +97,20 @@ class Sampler(Callback):
         if self.prompts and (step % run.settings.sample_every == 0 or step == run.total):
             self.round(run, step)
 
+    def on_log(self, run: "Run", step: int, values: dict) -> None:
+        self._if_it_ends(run, step)
+
+    def on_evaluate(self, run: "Run", step: int, values: dict) -> None:
+        self._if_it_ends(run, step)
+
+    def _if_it_ends(self, run: "Run", step: int) -> None:
+        """That a run ends early (early stopping, a user's hook) is known only now: its last weights speak too."""
+        if self.prompts and run.why_stop and self._newest != step:
+            self.round(run, step)
+
     def round(self, run: "Run", step: int) -> None:
         """Lets the weights of now say all prompts. A collective: every process calls it."""
-        began = time.monotonic()
+        began, self._newest = time.monotonic(), step
         activity.current.outside("samples")
         backend, device = run.engine.backend, run.world.device
         with run.meter.paused(), undisturbed(backend.model, device):

@@ -23,7 +23,7 @@ from engine.data.codec import Codec
 from engine.errors import EngineError
 from engine.evaluate.generate import Spoken, speak
 from engine.evaluate.prompts import Sound, SpeechPrompt
-from engine.evaluate.scores import Scorer, summary
+from engine.evaluate.scores import Scorer, ratio, summary
 
 FILE = "samples.jsonl"
 
@@ -151,7 +151,7 @@ def in_words(error: Exception) -> str:
 
 
 def in_short(lines: Iterable[dict]) -> str:
-    """`4 of 4 stopped, 4.1 s against 4.4 s, RTF 1.2, WER 12 %`: means of the samples that are there."""
+    """`4 of 4 stopped, 4.1 s against 4.4 s, RTF 1.2, WER 12 %`: of the samples that are there, as in the report."""
     lines = list(lines)
     spoken = [line for line in lines if line["file"] is not None]
     parts = [f"{sum(line['stopped'] for line in spoken)} of {len(lines)} stopped"]
@@ -159,7 +159,7 @@ def in_short(lines: Iterable[dict]) -> str:
         both = [line for line in spoken if line["target_seconds"] is not None]
         against = f" against {_mean(both, 'target_seconds'):.1f} s" if both else ""
         length = f"{_mean(both or spoken, 'seconds'):.1f} s{against}"
-        parts += [length, f"RTF {_mean(spoken, 'real_time_factor'):.2g}"]
+        parts += [length, f"RTF {ratio(spoken, 'generation_seconds', 'seconds'):.2g}"]
     scores = summary(line["scores"] for line in spoken)
     for name, key, form in SHOWN:
         if scores.get(key) is not None:

@@ -87,28 +87,25 @@ class Scorer:
             scores["speaker_similarity"] = self._voices.similarity(speech, voice)
         return scores | signal.measure(speech, target)
 
-    def release(self) -> None:
-        """Gives the models' memory back; the next score loads them again."""
-        for model in (self._recogniser, self._voices):
-            if model is not None:
-                model.release()
-
 
 def summary(scores: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One number for many clips, by the names of SCORES, and under `clips` how many clips are behind each of them.
+    """One number for many clips, by the names of SCORES.
 
     The counts of words and errors are sums, and WER and CER the errors of all clips by the words of all clips, so that
     a long sentence weighs more than a short one. The others are means. A number that no clip has is None.
     """
     rows = list(scores)
     result: dict[str, Any] = {}
-    clips: dict[str, int] = {}
     for name in (metric.name for metric in SCORES):
         known = [row[name] for row in rows if row.get(name) is not None]
-        clips[name] = len(known)
         total = sum(known) if known else None
         result[name] = total if name in _COUNTS or not known else total / len(known)
     for name, (errors, of) in _RATES.items():
-        clips[name] = clips[of]
         result[name] = result[errors] / result[of] if result[of] else None
-    return result | {"clips": clips}
+    return result
+
+
+def ratio(samples: Iterable[dict[str, Any]], above: str, below: str) -> float | None:
+    """Sum over sum, of the samples that have both numbers: the length of speech beside its target's, ..."""
+    pairs = [(one[above], one[below]) for one in samples if one.get(above) is not None and one.get(below)]
+    return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None

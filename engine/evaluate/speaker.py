@@ -58,9 +58,6 @@ class SpeakerModel:
         values = inputs[model.main_input_name].to(self.device)
         return model(values).embeddings[0].float().cpu()
 
-    def release(self) -> None:
-        self._loaded = None
-
     def _classes(self) -> dict[str, Any]:
         from transformers.models.auto import modeling_auto as auto
 

@@ -62,9 +62,6 @@ class SpeechRecogniser:
             options["return_timestamps"] = True  # Whisper finds by them where its next window begins
         return self._pipeline(wave, **options)["text"].strip()
 
-    def release(self) -> None:
-        self._pipeline = None
-
     def _classes(self) -> dict[str, Any]:
         from transformers.models.auto import modeling_auto as auto
 

@@ -5,6 +5,7 @@ parsed. A resumed run forgets what came after the step that it goes on from.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,8 +26,17 @@ def read(file: Path) -> list[dict]:
 
 
 def add(file: Path, lines: Iterable[dict]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.writelines(_line(line) for line in lines)
+    """On lines of their own, also where a full disk has cut the last one.
+
+    Raises:
+        OSError: not all of them are written.
+    """
+    text = "".join(map(_line, lines))
+    with file.open("ab+") as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            text = text if stream.read() == b"\n" else "\n" + text
+        stream.write(text.encode())
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -116,11 +116,11 @@ class Meter:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What is done meanwhile (an evaluation, a save, ...) takes no time of the steps. Waits for the device."""
-        began = self._now()
+        began, before = self._now(), self._paused
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - began
+            self._paused = before + time.perf_counter() - began  # with all pauses within this one, of hooks
 
     def _now(self) -> float:
         """When the device has done all that it was given."""
@@ -199,21 +199,29 @@ FILE = "metrics.jsonl"
 class MetricsFile(Callback):
     """One JSON object a line, of a logged step or of an evaluation, written by the main process.
 
-    Resuming drops the lines after the step resumed from.
+    Resuming drops the lines after the step resumed from. What a full disk does not take is written with the next line.
     """
 
     def on_start(self, run, step):
+        self._waiting: list[dict] = []
         self.file = run.output_dir / FILE if run.world.is_main else None
         if self.file is not None:
             journal.forget_after(self.file, step)
 
     def on_log(self, run, step, values):
-        self._write(values)
+        self._write(run, values)
 
     def on_evaluate(self, run, step, values):
         plain = ("step", "alarm")
-        self._write({name if name in plain else f"eval_{name}": value for name, value in values.items()})
+        self._write(run, {name if name in plain else f"eval_{name}": value for name, value in values.items()})
 
-    def _write(self, values: dict) -> None:
-        if self.file is not None:
-            journal.add(self.file, [values])
+    def _write(self, run, values: dict) -> None:
+        if self.file is None:
+            return
+        self._waiting.append(values)
+        try:
+            journal.add(self.file, self._waiting)
+        except OSError as error:
+            run.say(f"note: {FILE} could not be written, its lines wait for the next one: {error}")
+        else:
+            self._waiting = []

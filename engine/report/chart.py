@@ -6,6 +6,7 @@ carries its exact values for the page's script, which shows them under the point
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,17 +56,17 @@ class Chart:
             return ""
         kind = "chart small" if self.small else "chart"
         meaning = f'<p class="meaning">{text(self.meaning)}</p>' if self.meaning else ""
-        last = number(shown[0].last, self.unit) if len({series.colour for series in shown}) == 1 else ""
-        last = number(shown[0].last, self.unit) if not last and not self._is_comparison(shown) else last
-        head = f'<h4>{text(self.title)}</h4><span class="now">{last}</span>'
+        head = f'<h4>{text(self.title)}</h4><span class="now">{self._now(shown)}</span>'
         return (
             f'<figure class="{kind}"><figcaption>{head}</figcaption>{self._legend(shown)}'
             f"{_Plot(self, shown).html()}{meaning}</figure>"
         )
 
-    @staticmethod
-    def _is_comparison(shown: list[Series]) -> bool:
-        return sum(not series.dots for series in shown) > 1
+    def _now(self, shown: list[Series]) -> str:
+        """The last value with its unit; of several lines, which have no such one, the unit."""
+        if max(Counter(series.dots for series in shown).values()) == 1:
+            return number(shown[0].last, self.unit)
+        return "" if self.unit == "share" else text(self.unit)  # the ticks have a %
 
     def _legend(self, shown: list[Series]) -> str:
         if len(shown) < 2 or self.small:

@@ -45,6 +45,11 @@ def title_of(name: str, alone: bool = True) -> str:
     return title[0].upper() + title[1:]
 
 
+def in_a_sentence(title: str) -> str:
+    """`EOS loss`, but `text loss`."""
+    return title if title[:2].isupper() else title[0].lower() + title[1:]
+
+
 def _group(runs: Sequence[RunFolder], group: str) -> str:
     charts, rows, zero = [], [], []
     joint = set(TOGETHER.values()) if len(runs) == 1 else set()
@@ -58,7 +63,7 @@ def _group(runs: Sequence[RunFolder], group: str) -> str:
         if not series:
             continue
         if group not in FREE_BELOW and not any(value for one in series for value in one.values):
-            zero.append(f"<b>{text(title_of(metric.name, len(runs) == 1).lower())}</b> is 0 throughout.")
+            zero.append(f"<b>{text(in_a_sentence(title_of(metric.name, len(runs) == 1)))}</b> is 0 throughout.")
         else:
             charts.append(_chart(runs, metric, series).html())
     if not charts and not rows and not zero:
@@ -74,7 +79,7 @@ def _repeats(runs: Sequence[RunFolder], name: str) -> bool:
     return whole != name and all(run.metrics.points(whole) == run.metrics.points(name) for run in runs)
 
 
-def _series(runs: Sequence[RunFolder], name: str, small: bool = False) -> list[Series]:
+def _series(runs: Sequence[RunFolder], name: str) -> list[Series]:
     """Training, then held-out; of one run also the metric that shares its chart."""
     found = []
     for colour, run in enumerate(runs):

@@ -73,18 +73,18 @@ def final_numbers(runs: Sequence[RunFolder], heads: Sequence[str]) -> str:
     Args:
         heads: of the runs' columns, HTML.
     """
-    measured = [_of_metric(name, _last(name), "") for name in MEASURED]
-    held_out = [_of_metric(name, _last(f"eval_{name}"), "") for name in MEASURED]
+    measured = [_of_metric(name, last(name), "") for name in MEASURED]
+    held_out = [_of_metric(name, last(f"eval_{name}"), "") for name in MEASURED]
     groups = {
         "Held-out data, at the last evaluation": [_best_held_out(), *held_out],
         "Training, on the last logged line": measured,
         "Speed and memory": [
-            *(_of_metric(name, _median(name), "median") for name in SPEEDS),
-            _of_metric("memory_peak_gib", _highest("memory_peak_gib"), ""),
+            *(_of_metric(name, median_of(name), "median") for name in SPEEDS),
+            _of_metric("memory_peak_gib", highest("memory_peak_gib"), ""),
         ],
         "How far": [
             Row("Steps", "", None, lambda run: run.steps[0]),
-            *(_of_metric(name, _last(name), "") for name in ("epoch", "tokens_seen", "audio_hours_seen")),
+            *(_of_metric(name, last(name), "") for name in ("epoch", "tokens_seen", "audio_hours_seen")),
             Row("Time in steps", "time", None, lambda run: run.metrics.seconds() or None),
             Row("Skipped steps", "", False, lambda run: len(run.skipped)),
         ],
@@ -134,13 +134,13 @@ def _of_score(heading: str, about: str, value: Callable[[Round], float | None], 
     return Row(f'<abbr title="{text(about)}">{heading[0].upper()}{heading[1:]}</abbr>', unit, better, newest)
 
 
-def _last(name: str) -> Measure:
+def last(name: str) -> Measure:
     return lambda run: next((value for _, value in reversed(run.metrics.points(name))), None)
 
 
-def _median(name: str) -> Measure:
+def median_of(name: str) -> Measure:
     return lambda run: median(value for _, value in points) if (points := run.metrics.points(name)) else None
 
 
-def _highest(name: str) -> Measure:
+def highest(name: str) -> Measure:
     return lambda run: max((value for _, value in run.metrics.points(name)), default=None)

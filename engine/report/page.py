@@ -6,8 +6,9 @@ from pathlib import Path
 
 from engine.observe.sizes import binary_size
 from engine.report.clips import Clips
-from engine.report.curves import curves, title_of
+from engine.report.curves import curves, in_a_sentence, title_of
 from engine.report.data_section import data_section
+from engine.report.final_numbers import highest, last, median_of
 from engine.report.html import contents, document, folded, joined, key_numbers, section, table, text
 from engine.report.numbers import duration, number
 from engine.report.players import players
@@ -15,13 +16,15 @@ from engine.report.rounds import rounds_of, score_table
 from engine.report.run_folder import RunFolder, read_run
 
 HELD_OUT = ("loss", "text_loss", "audio_loss", "text_accuracy", "audio_accuracy", "eos_accuracy")
-KEY_NUMBERS = {
-    "loss": ("loss", "nats"),
-    "tokens_per_second": ("speed", "tokens/s"),
-    "memory_peak_gib": ("memory, at its peak", "GiB"),
-    "audio_hours_seen": ("speech trained on", "h"),
-}
+KEY_NUMBERS = (
+    # title, unit, value, what it is
+    ("speed", "tokens/s", median_of("tokens_per_second"), "median"),
+    ("memory, at its peak", "GiB", highest("memory_peak_gib"), "of a process"),
+    ("speech trained on", "h", last("audio_hours_seen"), ""),
+)
 CURVES = "Dashed lines: where the run was resumed. Red marks: skipped steps. Over a pale line is its mean."
+MOST_LINES = 20
+"""Of a list that are seen at once."""
 UNITS = {"text_accuracy": "share", "audio_accuracy": "share", "eos_accuracy": "share"}
 
 
@@ -58,16 +61,18 @@ def page(run: RunFolder, beside: Path) -> str:
 
 
 def _key_numbers(run: RunFolder) -> str:
-    last, metrics = run.metrics.last, run.metrics
-    found = [("time in steps", duration(metrics.seconds()), "")]
-    for name, (title, unit) in KEY_NUMBERS.items():
-        points = metrics.points(name)
-        found.append((title, number(points[-1][1] if points else None, unit), ""))
-    if points := metrics.points("eval_loss"):
-        step, value = min(points, key=lambda point: point[1])
-        found.append(("best held-out loss", number(value, "nats"), f"at step {step:,.0f}"))
+    found = [("time in steps", duration(run.metrics.seconds()), "")]
+    if losses := run.metrics.points("loss"):
+        found.append(_loss("loss", *losses[-1]))
+    found += [(title, number(value(run), unit), small) for title, unit, value, small in KEY_NUMBERS]
+    if losses := run.metrics.points("eval_loss"):
+        found.append(_loss("best held-out loss", *min(losses, key=lambda point: point[1])))
     found.append(("skipped steps", f"{len(run.skipped):,}", ""))
-    return key_numbers(found) if last else ""
+    return key_numbers(found) if run.metrics.last else ""
+
+
+def _loss(title: str, step: float, value: float) -> tuple[str, str, str]:
+    return title, number(value, "nats"), f"at step {step:,.0f}"
 
 
 def _warnings(run: RunFolder) -> Iterator[str]:
@@ -82,8 +87,10 @@ def _warnings(run: RunFolder) -> Iterator[str]:
 
 
 def _list(lines: Iterator[str]) -> str:
+    """All of them; what would push the rest of the page away is folded."""
     items = [f"<li>{text(line)}</li>" for line in lines]
-    return f"<ul>{joined(items)}</ul>" if items else ""
+    first, rest = (f"<ul>{joined(part)}</ul>" if part else "" for part in (items[:MOST_LINES], items[MOST_LINES:]))
+    return joined([first, folded(f"{len(items) - MOST_LINES:,} more", rest)])
 
 
 def _evaluations(run: RunFolder) -> str:
@@ -92,7 +99,7 @@ def _evaluations(run: RunFolder) -> str:
     columns = {name: values for name, values in columns.items() if values}
     best = min(points, key=points.get, default=None)
     rows = [[f"{s:,.0f}", *(number(v.get(s), UNITS.get(n, "")) for n, v in columns.items())] for s in points]
-    heads = ["#step", *(f"#{title_of(name).lower()}" for name in columns)]
+    heads = ["#step", *(f"#{in_a_sentence(title_of(name))}" for name in columns)]
     return table(heads, rows, "held-out losses by step", [n for n, step in enumerate(points) if step == best])
 
 

@@ -31,27 +31,21 @@ class Metrics:
 
     Attributes:
         last: the newest line of training; {} if there is none.
-        evaluations: the lines of evaluations, without `eval_`, by step.
         alarms: (step, line), in their order.
     """
 
     def __init__(self) -> None:
         self._columns: dict[str, tuple[array, array]] = {}
         self.last: dict = {}
-        self.evaluations: list[dict] = []
         self.alarms: list[tuple[float, str]] = []
 
     def add(self, line: dict) -> None:
         step = _finite(line.get("step"))
         if step is None:
             return
-        evaluation = {}
         for name, value in line.items():
-            metric = BY_NAME.get(name.removeprefix("eval_"))
-            if metric is None:
+            if name.removeprefix("eval_") not in BY_NAME:
                 continue
-            if name.startswith("eval_"):
-                evaluation[metric.name] = value
             if isinstance(value, list):
                 for i, item in enumerate(value[:64]):
                     self._append(f"{name}/{i}", step, item)
@@ -59,8 +53,6 @@ class Metrics:
                 self._append(name, step, value)
         alarms = line.get("alarm")
         self.alarms += [(step, str(alarm)) for alarm in alarms] if isinstance(alarms, list) else []
-        if evaluation:
-            self.evaluations.append({"step": step} | evaluation)
         if _finite(line.get("seconds_per_step")) is not None or "loss" in line:
             self.last = line
 

@@ -22,7 +22,7 @@ h5, small, .about, .meaning, .facts, .heard, .legend { color: var(--soft); font-
 p { margin: 4px 0; } .row { margin-top: 18px; } a { color: var(--c0); } :focus-visible { outline: 2px solid var(--c0); }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 8px; margin: 16px 0; }
 .numbers div, .chart, .prompt { background: var(--panel); border-radius: 6px; padding: 10px 12px; }
-.numbers dt { color: var(--soft); font-size: .82rem; } .numbers dd { font-size: 1.15rem; }
+.numbers dt { color: var(--soft); font-size: .82rem; } .numbers dd { font-size: 1.05rem; }
 .numbers small { display: block; } .prompt { margin: 0 0 10px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 12px; }
 .multiples { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; }

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from transformers import HiggsAudioV2ForConditionalGeneration
 
+from engine.data.audio import Decoded, resample
 from engine.data.codec import Codec
 from engine.data.formats import read_conversations
 from engine.data.labels import StreamIds, codes_of_stream, merge
@@ -20,6 +21,8 @@ from engine.evaluate.generate import generation_config, speak, undisturbed
 from engine.evaluate.model_files import find
 from engine.evaluate.prompt_sources import Coder, of_text
 from engine.evaluate.prompts import SpeechPrompt, of_row, of_sample, with_answer
+from engine.evaluate.samples import in_short
+from engine.evaluate.signal import spectral_distance
 from engine.model.weights import load_tokenizer
 from tests.commands import command, done
 from tests.tiny import random_sample, tiny_model
@@ -190,11 +193,29 @@ def test_every_row_of_a_file_becomes_a_wav_and_a_line(demo, tmp_path):
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == ["00.wav", "01.wav"]
-    for line in lines:
-        assert line["target_seconds"] > 0 and line["scores"]["spectral_distance_db"] > 0 and line["error"] is None
-        assert soundfile.info(tmp_path / "out" / line["file"]).duration == pytest.approx(line["seconds"])
-        assert (tmp_path / "out" / line["reference"]).is_file() and line["text"][:40] in said
+    for line, row in zip(lines, read_conversations(Path(demo.data_file).parent / "two.json"), strict=True):
+        speech, reference, target = (clip_of(tmp_path / "out" / line[name]) for name in ("file", "reference", "target"))
+        for heard, audio in zip((reference, target), row.audios, strict=True):
+            recording = clip_of(Path(audio.recording.path))
+            np.testing.assert_allclose(heard.wave, resample(recording, 24000), atol=1e-4)
+        assert line["scores"]["spectral_distance_db"] == pytest.approx(spectral_distance(speech, target))
+        assert len(speech.wave) / 24000 == pytest.approx(line["seconds"]) and line["text"][:40] in said
+        assert len(target.wave) / 24000 == pytest.approx(line["target_seconds"], abs=1e-3) and line["error"] is None
     assert "of 2 stopped" in said
+
+
+def test_a_round_in_short_by_hand():
+    scores = [{"word_errors": 1, "words": 2, "speaker_similarity": 0.8}, {"word_errors": 3, "words": 8}]
+    one = {"file": "a", "stopped": True, "seconds": 1.0, "target_seconds": 2.0, "generation_seconds": 2.0}
+    other = {"file": "b", "stopped": False, "seconds": 2.0, "target_seconds": None, "generation_seconds": 7.0}
+    lines = [one | {"scores": scores[0]}, other | {"scores": scores[1]}, {"file": None, "scores": {}}]
+    assert in_short(lines) == (
+        "1 of 3 stopped, 1.0 s against 2.0 s, RTF 3, WER 40 %, similarity 0.80, 1 without speech"
+    )
+
+
+def clip_of(file: Path) -> Decoded:
+    return Decoded(file.name, *soundfile.read(file, dtype="float32", always_2d=True))
 
 
 def test_mistakes_come_together(demo, tmp_path):
@@ -206,6 +227,10 @@ def test_mistakes_come_together(demo, tmp_path):
     assert nowhere.code == 2
     for line in (f"model_path: {tmp_path}/m is", f"lora_adapter_path: {tmp_path}/l is", "audio_tokenizer_path: mis"):
         assert line in nowhere.errors
+    options = {"audio_tokenizer_path": demo.audio_tokenizer_path, "text": "A", "out": tmp_path / "a.wav"}
+    odd = command("generate", **options, model_path=demo.model_path, max_seconds="inf", temperature="nan", device="no")
+    for line in ("max_seconds: inf is", "temperature: nan is", "device: there is no no on this machine → cpu"):
+        assert odd.code == 2 and line in odd.errors
     both = command("generate", model_path=demo.model_path, out=tmp_path / "a.wav", text="A", input=tmp_path)
     assert "exactly one of them" in both.errors
     options = {"model_path": demo.model_path, "audio_tokenizer_path": demo.audio_tokenizer_path}

@@ -72,14 +72,6 @@ def test_whisper_writes(whisper):
     assert len(long) > len(short)  # the second and the third window are heard, too
 
 
-def test_released_models_are_loaded_again(ctc):
-    recogniser = SpeechRecogniser(ctc, CPU)
-    before = recogniser.transcribe(noise(1))
-    recogniser.release()
-    assert recogniser._pipeline is None
-    assert recogniser.transcribe(noise(1)) == before
-
-
 def test_the_folder_of_another_model_is_named(tmp_path):
     voices = judges.voices(tmp_path / "voices")
     (line,) = SpeechRecogniser(voices, CPU).problems()

@@ -22,6 +22,8 @@ def test_a_line_cut_anywhere_is_left_out_and_the_others_stay(tmp_path_factory, c
     last = len(json.dumps(LINES[-1], ensure_ascii=False).encode()) + 1
     file.write_bytes(file.read_bytes()[: -min(cut + 1, last)])
     assert journal.read(file) == LINES[:-1]
+    journal.add(file, LINES[-1:])
+    assert journal.read(file) == LINES, "after a disk that was full"
     journal.forget_after(file, 2)
     assert journal.read(file) == LINES[:3]
     journal.add(file, LINES[3:])

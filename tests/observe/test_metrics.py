@@ -107,14 +107,17 @@ def clock(monkeypatch):
 
 
 def test_rates_are_of_the_time_of_steps(clock):
-    """Ten seconds, four of them an evaluation: two steps of three seconds; but what is left takes all of it."""
+    """Ten seconds, four of them an evaluation (one of these a hook that pauses by itself): two steps of three seconds;
+    but what is left takes all of it."""
     two = World(0, 0, 1, torch.device("cpu"))
     counted = meter(world=two)
     for _ in range(2):
         counted.add(step_of([0.0] * 3), size_of(1, 1, tokens=300, frames=150))
         clock[0] += 3
     with counted.paused():
-        clock[0] += 4
+        clock[0] += 3
+        with counted.paused():
+            clock[0] += 1
     values = counted.read(step=2)
     assert values["seconds_per_step"] == 3 and values["eta_seconds"] == 10 * 5
     assert values["tokens_per_second"] == values["tokens_per_second_per_gpu"] == 100
@@ -122,12 +125,19 @@ def test_rates_are_of_the_time_of_steps(clock):
 
 
 @pytest.mark.parametrize("processes", [1, 4])
-def test_rates_by_process(clock, processes):
-    """`_rates` alone, for several processes would have to add up."""
+def test_processes_add_up_and_have_one_clock(clock, monkeypatch, processes):
+    """So many that all do the same: a quarter each of 800 tokens in 2 seconds."""
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda sums: sums.mul_(processes))
     counted = meter(world=World(0, 0, processes, torch.device("cpu")))
-    values = counted._rates(size_of(1, 1, tokens=800, frames=100), seconds=2.0)
+    size = size_of(processes, 2 * processes, tokens=800, frames=100)
+    counted.add(step_of([2.0, 4.0, 6.0], positions=1000 // processes), size)
+    clock[0] += 2
+    values = counted.read(step=1)
+    assert values["seconds_per_step"] == 2 and values["eta_seconds"] == 2 * 11
     assert values["tokens_per_second"] == 400 and values["tokens_per_second_per_gpu"] == 400 / processes
     assert values["audio_seconds_per_second"] == 2 and values["audio_seconds_per_second_per_gpu"] == 2 / processes
+    assert values["text_loss"] == 2.0 and values["codebook_losses"] == [2.0, 3.0]
+    assert values["padding_share"] == pytest.approx(0.2)
 
 
 def test_flops_utilisation_by_hand():
@@ -185,6 +195,25 @@ def test_trackers_are_told_every_number_under_its_group():
 
 def run_in(folder) -> SimpleNamespace:
     return SimpleNamespace(output_dir=folder, world=WORLD)
+
+
+def test_a_full_disk_loses_no_line_and_ends_no_run(tmp_path, monkeypatch):
+    lines, said, really = MetricsFile(), [], journal.add
+    run = SimpleNamespace(output_dir=tmp_path, world=WORLD, say=said.append)
+    lines.on_start(run, 0)
+
+    def full(file, lines):
+        file.write_text('{"step": 1, "lo')
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(journal, "add", full)
+    lines.on_log(run, 1, {"step": 1, "loss": 2.0})
+    assert len(said) == 1 and "metrics.jsonl could not be written" in said[0] and "No space" in said[0]
+    monkeypatch.setattr(journal, "add", really)
+    lines.on_evaluate(run, 1, {"step": 1, "loss": 3.0})
+    lines.on_log(run, 2, {"step": 2})
+    told = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 3.0}, {"step": 2}]
+    assert journal.read(tmp_path / "metrics.jsonl") == told
 
 
 def test_resuming_drops_lines_after_the_checkpoint(tmp_path):

@@ -242,11 +242,14 @@ def test_what_is_not_sent_in_time_is_told(monkeypatch):
 
 def test_curves_of_a_round_by_hand():
     scores = {"word_errors": 3, "words": 8, "wer": 0.375, "speaker_similarity": 0.4, "silence_share": None}
-    other = SAMPLE | {"prompt": 2, "stopped": False, "real_time_factor": 4.0, "scores": scores}
+    other = SAMPLE | {"prompt": 2, "stopped": False, "generation_seconds": 7.0, "seconds": 2.0, "scores": scores}
+    other |= {"real_time_factor": 3.5, "target_seconds": None}
     assert dict(curves([SAMPLE, FAILED_SAMPLE, other])) == {
         "samples/made_share": pytest.approx(2 / 3), "samples/stopped_share": 0.5,
         "samples/wer": 0.4,  # (1 + 3) errors of (2 + 8) words, not the mean of 0.5 and 0.375
-        "samples/speaker_similarity": pytest.approx(0.6), "samples/real_time_factor": 3.0,
+        "samples/speaker_similarity": pytest.approx(0.6),
+        "samples/real_time_factor": 3.0,  # 2 + 7 seconds for 1 + 2 of speech
+        "samples/length_of_target": pytest.approx(1 / 1.2),  # of the one that has a target
     }  # fmt: skip
     assert dict(curves([FAILED_SAMPLE])) == {"samples/made_share": 0.0}
 

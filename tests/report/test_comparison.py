@@ -116,6 +116,7 @@ def test_curves_of_both_runs_in_their_colours_over_the_longer_runs_steps(tmp_pat
     html = curves(runs)
     assert 'class="line c0" data-label="a" data-unit="nats" data-points="10:4 20:3"' in html
     assert 'class="line c1" data-label="b" data-unit="nats" data-points="10:4 20:3 30:2"' in html
+    assert '<span class="now">nats</span>' in html, "of several runs no value is the last one"
     drawn = [re.search(f'class="line {colour}"[^>]* d="([^"]+)"', html).group(1) for colour in ("c0", "c1")]
     ends = [int(path.split("L")[-1].split()[0]) for path in drawn]
     assert ends == [667, 1000], "step 20 of 30 is two thirds of the axis"

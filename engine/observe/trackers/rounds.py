@@ -5,10 +5,8 @@ from pathlib import Path
 
 from engine.observe.trackers.tracker import Sound
 
-MEANS = ("speaker_similarity", "spectral_distance_db", "silence_share", "clipped_share")
-"""Scores whose mean over the samples is a curve."""
-RATES = {"wer": ("word_errors", "words"), "cer": ("character_errors", "characters")}
-"""Scores of a round that are one sum by another: a long text counts more than a short one."""
+SHOWN = ("wer", "cer", "speaker_similarity", "spectral_distance_db", "silence_share", "clipped_share")
+"""Scores that a caption has, and of which a round has a curve."""
 
 
 def recordings(samples: Sequence[dict], output_dir: Path, with_prompts: bool) -> list[Sound]:
@@ -36,7 +34,7 @@ def caption(sample: dict) -> str:
     ended = "stopped by itself" if sample["stopped"] else "cut"
     parts = [f"{sample['seconds']:.1f} s{target}", ended]
     scores = sample.get("scores") or {}
-    parts += [f"{name} {scores[name]:.2f}" for name in (*RATES, *MEANS) if scores.get(name) is not None]
+    parts += [f"{name} {scores[name]:.2f}" for name in SHOWN if scores.get(name) is not None]
     return f"{_name(sample)} {', '.join(parts)}"
 
 
@@ -46,18 +44,15 @@ def _name(sample: dict) -> str:
 
 def curves(samples: Sequence[dict]) -> Iterator[tuple[str, float]]:
     """(tag, number) of a round; what no sample has is left out."""
+    from engine.evaluate.scores import ratio, summary  # here, for only runs that speak need it
+
     heard = [sample for sample in samples if sample["file"]]
     yield "samples/made_share", len(heard) / len(samples)
     if not heard:
         return
     yield "samples/stopped_share", sum(bool(sample["stopped"]) for sample in heard) / len(heard)
-    scores = [sample.get("scores") or {} for sample in heard]
-    for name, (errors, of) in RATES.items():
-        known = [score for score in scores if score.get(errors) is not None and score.get(of)]
-        if known:
-            yield f"samples/{name}", sum(score[errors] for score in known) / sum(score[of] for score in known)
-    for name in MEANS:
-        if known := [score[name] for score in scores if score.get(name) is not None]:
-            yield f"samples/{name}", sum(known) / len(known)
-    if known := [s["real_time_factor"] for s in heard if s.get("real_time_factor") is not None]:
-        yield "samples/real_time_factor", sum(known) / len(known)
+    scores = summary(sample.get("scores") or {} for sample in heard)
+    numbers = {name: scores[name] for name in SHOWN}
+    numbers["length_of_target"] = ratio(heard, "seconds", "target_seconds")
+    numbers["real_time_factor"] = ratio(heard, "generation_seconds", "seconds")
+    yield from ((f"samples/{name}", number) for name, number in numbers.items() if number is not None)
