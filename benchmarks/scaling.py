@@ -29,7 +29,7 @@ FULL = {
     "FSDP, ZeRO 3": {"method": "fsdp"},
     "FSDP, kept after forward": {"method": "fsdp", "reshard": False},
     "FSDP, a replica a node": {"method": "fsdp", "hybrid": True},
-    "ZeRO 1": {"method": "zero1"},
+    "ZeRO 1": {"method": "zero1", "summed_whole": True, "overlapped": False},
     "ZeRO 2": {"method": "zero2"},
     "ZeRO 3, hpZ": {"method": "zero3", "node_gathers": True},
 }

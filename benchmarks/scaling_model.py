@@ -89,6 +89,7 @@ class Layout:
         node_gathers: the backward's gathers stay in the node (ZeRO++ hpZ).
         compiled: torch.compile fuses what lies between the matmuls.
         overlapped: gradients travel beside the backward.
+        summed_whole: ZeRO 1 as DeepSpeed does it in bf16: every GPU gets all gradients, twice what its part would take.
         tensor, pipeline: further splits, to reproduce what others published.
     """
 
@@ -105,6 +106,7 @@ class Layout:
     node_gathers: bool = False
     compiled: bool = True
     overlapped: bool = True
+    summed_whole: bool = False
     tensor: int = 1
     pipeline: int = 1
 
@@ -187,7 +189,7 @@ def wires(model: Model, layout: Layout, constants: Constants) -> Wires:
         return Wires(forward, (again if layout.reshard else 0) + reduce, copies, 0)
     if layout.method == "zero2":
         return Wires(0, reduce, 0, updated)
-    both = 2 * reduce if layout.method == "zero0" else reduce
+    both = 2 * reduce if layout.method == "zero0" or layout.summed_whole else reduce
     after = 0 if layout.method == "zero0" else updated
     return Wires(0, 0, both, after) if layout.overlapped else Wires(0, 0, 0, both + after)
 

@@ -46,7 +46,7 @@ class Callback:
         """Each logged step, with the metrics of engine/observe/schema.py. What a hook adds to them is logged too."""
 
     def on_evaluate(self, run: "Run", step: int, values: dict) -> None:
-        """Each evaluation: metrics of the held-out data, without their `eval_`."""
+        """Each evaluation: metrics of the held-out data, without their `eval_`; None where they are not finite."""
 
     def on_sample(self, run: "Run", step: int, samples: Sequence[dict]) -> None:
         """Each round of generated speech: lines of `samples/samples.jsonl` (engine/evaluate/sampler.py)."""

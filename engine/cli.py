@@ -231,8 +231,8 @@ def doctor(argv: list[str]) -> int:
     add("--patience", type=float, default=60, metavar="S", help="seconds to wait for ranks and network (default 60)")
     add("--json", type=Path, metavar="FILE", help="also write everything that was found there")
     args, rest = with_settings(parser, argv, ("model_path", "audio_tokenizer_path", "train_data_file"))
-    if args.patience <= 0:
-        parser.error("--patience has to be above 0")
+    if not 0 < args.patience < float("inf"):
+        parser.error("--patience has to be a number of seconds above 0")
     from engine.doctor.examination import examine
 
     return examine(rest, args.patience, args.json)

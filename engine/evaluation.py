@@ -17,7 +17,7 @@ from engine.on_all_processes import on_all_processes
 from engine.rows import Rows
 from engine.run_sets import Sets
 from engine.runtime import activity
-from engine.runtime.distributed import World, raise_together
+from engine.runtime.distributed import World, on_main
 from engine.runtime.signals import StopRequests
 
 LEAST_TRAINED = "model.norm"
@@ -47,13 +47,7 @@ def _evaluate(settings: Settings, checkpoint: Path | None, out: Path, world: Wor
     if not settings.use_lora:
         settings = replace(settings, train_modules=[LEAST_TRAINED], freeze_llm=False)
     say = Progress(world).say
-    error = None
-    try:
-        if world.is_main:
-            prepare_output_dir(settings)
-    except Exception as failure:
-        error = failure
-    raise_together(world, error)
+    on_main(world, lambda: prepare_output_dir(settings))
     files = WeightFiles(settings.model_path)
     activity.current.outside("reading the data")
     rows = Rows(settings, world, files.config.audio_token_id)
@@ -72,7 +66,7 @@ def _evaluate(settings: Settings, checkpoint: Path | None, out: Path, world: Wor
     for line in table(values):
         say(line)
     say(f"written to {out}")
-    if not values["loss"] < float("inf"):
+    if values["loss"] is None:
         raise EngineError(f"{what}: the loss is not finite → look at its weights with `higgs-engine inspect`.")
     return DONE
 

@@ -5,6 +5,7 @@ for the row or the process that it is in. Every process runs as many rows, empty
 none waits for a collective that another does not enter.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -43,8 +44,18 @@ class HeldOut:
         return self._own.packed(self.data, Step(0, 0, self._rows).share(self._own.reader, self._own.readers, rounds))
 
     def evaluate(self, engine: HiggsEngine) -> dict:
-        """`head_metrics` of the held-out data, the same on all processes, which all have to ask."""
+        """`head_metrics` of the held-out data, the same on all processes, which all have to ask.
+
+        What is not finite is None.
+        """
         tallies = engine.evaluate(self.batches())
         if self.world.size > 1:
             dist.all_reduce(tallies)
-        return head_metrics(tallies.tolist(), self.targets, self.settings)
+        metrics = head_metrics(tallies.tolist(), self.targets, self.settings)
+        return {name: _known(value) for name, value in metrics.items()}
+
+
+def _known(value: float | list | None) -> float | list | None:
+    if isinstance(value, list):
+        return [_known(item) for item in value]
+    return value if value is not None and math.isfinite(value) else None

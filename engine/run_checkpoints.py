@@ -25,7 +25,7 @@ from engine.model import whisper_source
 from engine.model.adapter_folder import SUBFOLDER as ADAPTERS
 from engine.run_data import RunData
 from engine.runtime import activity
-from engine.runtime.distributed import World, raise_together
+from engine.runtime.distributed import World, on_main
 
 
 class RunCheckpoints:
@@ -154,15 +154,9 @@ class RunCheckpoints:
         best = lifecycle.pointer(self.output_dir, "best") if self.settings.early_stopping_patience else None
         chosen = best or f"checkpoint-{self.last_step}"
         out = self.output_dir / (ADAPTERS if self.settings.use_lora else "model")
-        error = None
-        try:
-            if self.world.is_main:
-                consolidate(self.output_dir / chosen, out)
-                self._say(f"done: {out}" + (f" (of {chosen}, the best)" if best else ""))
-                self._say(_next_command(self.settings, out))
-        except Exception as failure:
-            error = failure
-        raise_together(self.world, error)
+        on_main(self.world, lambda: consolidate(self.output_dir / chosen, out))
+        self._say(f"done: {out}" + (f" (of {chosen}, the best)" if best else ""))
+        self._say(_next_command(self.settings, out))
 
 
 def _next_command(settings: Settings, out: Path) -> str:

@@ -1,10 +1,8 @@
 """A training run, top to bottom: settings, data, plan, engine, resume, steps, checkpoints, final weights."""
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,7 +35,7 @@ from engine.report.writer import ReportWriter
 from engine.run_checkpoints import RunCheckpoints
 from engine.run_data import RunData
 from engine.runtime import activity, garbage
-from engine.runtime.distributed import World, raise_together
+from engine.runtime.distributed import World, on_main, together
 from engine.runtime.signals import Response, StopRequests, StopVote
 from engine.runtime.watchdog import GOES_FIRST_S
 from engine.schedule import learning_rate
@@ -62,9 +60,9 @@ def _train(settings: Settings, world: World, stop: StopRequests) -> int:
         if finding.level == "warning":
             say(f"note: {finding}")
     require(findings)
-    if os.environ.get(RESTART) and lifecycle.checkpoints(output_dir):
-        settings = replace(settings, resume="auto")
-    checkpoint = lifecycle.find(settings.resume, output_dir, world, say)
+    if settings.max_restarts and activity.FOLDER not in os.environ:
+        say("note: max_restarts: this run was not started by `bash launch/train.sh`, so nobody starts it again")
+    checkpoint = lifecycle.find(settings.resume, output_dir, world, say, again=RESTART in os.environ)
     return Run(_resolved(settings, world, checkpoint), world, checkpoint).execute(stop)
 
 
@@ -86,8 +84,8 @@ class Run:
         self.settings, self.world, self.checkpoint = settings, world, checkpoint
         self.output_dir = Path(settings.output_dir)
         self.progress = Progress(world)
-        self._prepare_output()
-        self.callbacks = self._callbacks()
+        on_main(world, self._prepare_output)
+        self.callbacks = together(world, self._callbacks)
         # dropout differs between processes, but not between those that compute the same
         torch.manual_seed(settings.seed + world.rank // settings.tensor_parallel_size)
 
@@ -115,37 +113,27 @@ class Run:
         self.why_stop = self.why_stop or why
 
     def _prepare_output(self) -> None:
-        error = None
-        try:
-            if self.world.is_main:
-                prepare_output_dir(self.settings)
-                if self.settings.resume == "none" and lifecycle.checkpoints(self.output_dir):
-                    raise CheckpointError(
-                        f"{self.output_dir} holds checkpoints of an earlier run → continue it with --resume auto, "
-                        "or give another --output_dir."
-                    )
-        except Exception as failure:
-            error = failure
-        raise_together(self.world, error)
+        prepare_output_dir(self.settings)
+        if self.checkpoint is None and lifecycle.checkpoints(self.output_dir):
+            raise CheckpointError(
+                f"{self.output_dir} holds checkpoints of an earlier run → continue it with --resume auto, "
+                "or give another --output_dir."
+            )
 
     def _callbacks(self) -> callbacks.Callbacks:
         """The user's first: what they add to the metrics, ours write down."""
-        settings, error, members = self.settings, None, []
-        try:
-            members = callbacks.load(settings.callbacks)
-            members += [self.progress, Stragglers(), Provenance(), MetricsFile(), Trackers(settings, self.world)]
-            if settings.early_stopping_patience is not None:
-                members.append(EarlyStopping(settings.early_stopping_patience))
-            if settings.sample_every is not None:
-                from engine.evaluate.sampler import Sampler  # half a second of imports, for runs that speak
+        settings = self.settings
+        members = callbacks.load(settings.callbacks)
+        members += [self.progress, Stragglers(), Provenance(), MetricsFile(), Trackers(settings, self.world)]
+        if settings.early_stopping_patience is not None:
+            members.append(EarlyStopping(settings.early_stopping_patience))
+        if settings.sample_every is not None:
+            from engine.evaluate.sampler import Sampler  # half a second of imports, for runs that speak
 
-                members.append(Sampler())
-            if settings.profile_steps is not None:
-                members.append(Profiler())
-            members.append(ReportWriter())  # after those whose files it reads
-        except Exception as failure:
-            error = failure
-        raise_together(self.world, error)
+            members.append(Sampler())
+        if settings.profile_steps is not None:
+            members.append(Profiler())
+        members.append(ReportWriter())  # after those whose files it reads
         return callbacks.Callbacks(members)
 
     def execute(self, stop: StopRequests) -> int:
@@ -164,6 +152,8 @@ class Run:
                 self.callbacks.on_start(self, start)
                 code = self._steps(start, stop)
                 self.checkpoints.saver.finish()
+                if code == DONE:
+                    stop.nothing_is_left_to_save()
             except BaseException:
                 self.checkpoints.leave()
                 raise
@@ -194,7 +184,6 @@ class Run:
                     break
         vote.close()
         activity.current.outside("end of the steps")
-        stop.response = Response.LEAVE
         return code
 
     def _stop(self, step: Step, code: int) -> None:
@@ -212,12 +201,14 @@ class Run:
         self.meter.add(result, size)
         self.health.add(step, rate, result)
         self.callbacks.on_step(self, done, result)
-        if done == 1 or done % settings.logging_steps == 0 or self._is_last(done):
+        if logged := done == 1 or done % settings.logging_steps == 0 or self._is_last(done):
             self._log(step, rate)
         eval_loss = better = None
         if self.data.held_out is not None and (done % settings.eval_steps == 0 or self._is_last(done)):
             eval_loss = self._evaluate(done)
             better = self._is_best(done)
+        if self._is_last(done) and not logged:  # an evaluation has just ended the run
+            self._log(step, rate)
         if self._is_last(done) or (better or done % settings.save_steps == 0) and self.health.may_save():
             self._save(step, eval_loss)
 
@@ -246,9 +237,6 @@ class Run:
             activity.current.enter("evaluate")
             held_out = self.data.held_out
             values = {"step": done} | held_out.evaluate(self.engine)
-            if not math.isfinite(values["loss"]):
-                self.say(f"step {done}/{self.total} | eval loss is not finite")
-                return None
             values |= self.health.alarm_held_out(values, held_out.targets.codebooks[0])
             self.callbacks.on_evaluate(self, done, values)
             return values["loss"]

@@ -62,12 +62,12 @@ def test_hooks_are_told_in_order_and_a_run_ends_when_nothing_gets_better(demo, t
     told = [tuple(json.loads(line)) for line in (out / "told.jsonl").read_text().splitlines()]
     assert [line[:2] for line in told] == [
         ("start", 0), ("step", 1), ("log", 1), ("evaluate", 1), ("save", 1), ("step", 2), ("log", 2), ("evaluate", 2),
-        ("step", 3), ("evaluate", 3), ("save", 3), ("end", 3),
+        ("step", 3), ("evaluate", 3), ("log", 3), ("save", 3), ("end", 3),
     ]  # fmt: skip
     assert told[0][2] == 9 and told[-1][2] == 0 and all(line[2] for line in told if line[0] == "save")
     assert told[1][2] == told[2][2] > 0, "the same norm on the device and in the log"
     lines = journal.read(out / "metrics.jsonl")
-    assert [line["mine"] for line in lines if "mine" in line] == [0.5, 1.0], "what a hook adds is written down"
+    assert [line["mine"] for line in lines if "mine" in line] == [0.5, 1.0, 1.5], "what a hook adds is written down"
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert len(losses) == 3 and len(set(losses)) == 1 and losses[0] == told[3][2]
     assert "ends after step 3 of 9: the held-out loss has not fallen for 2 evaluation(s); the best was" in said

@@ -1,9 +1,12 @@
 """`higgs-engine evaluate`: the same numbers for any number of processes, backend and rows, and as in training."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from engine.exit_codes import MISTAKE
 from engine.observe import journal
 from tests import processes
 from tests.commands import command, done, flags
@@ -77,3 +80,18 @@ def test_what_cannot_be_evaluated_is_said(demo, parts, tmp_path):
     assert f"--out {tmp_path}: is a folder" in command("evaluate", *words, "--out", tmp_path).errors, "before it begins"
     said = command("evaluate", "--checkpoint", tmp_path / "none")
     assert said.code == 2 and "none" in said.errors
+
+
+def test_what_is_not_finite_is_not_known(demo, parts, tmp_path):
+    """A text head whose logits overflow: text has no loss then, the codebooks have theirs."""
+    broken = tmp_path / "broken"
+    shutil.copytree(demo.model_path, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["text_lm_head.weight"] = weights["text_lm_head.weight"].sign() * 1e38
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    told = {name: settings(demo, parts)[name] for name in ("audio_tokenizer_path", "eval_data_file", "codes_cache_dir")}
+    out = tmp_path / "found.json"
+    said = command("evaluate", backend="none", model_path=broken, out=out, **told)
+    assert said.code == MISTAKE and "broken: the loss is not finite →" in said.errors
+    found = metrics(out)
+    assert found["loss"] is found["text_loss"] is None and all(loss > 1 for loss in found["codebook_losses"])

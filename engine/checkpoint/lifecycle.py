@@ -34,7 +34,7 @@ from engine.checkpoint.manifest import (
 )
 from engine.config import FIELDS
 from engine.errors import CheckpointError
-from engine.runtime.distributed import World
+from engine.runtime.distributed import World, on_main
 
 MODEL_FILES = "model_files"
 NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -57,30 +57,35 @@ def step_of(folder: Path) -> int:
 # ---------------------------------------------------------------- finding one
 
 
-def find(resume: str, output_dir: Path, world: World, log: Callable[[str], None]) -> Path | None:
+def find(
+    resume: str, output_dir: Path, world: World, log: Callable[[str], None], again: bool = False
+) -> Path | None:  # fmt: skip
     """The checkpoint to resume from; every process calls it and gets the same answer.
 
     Its files are read in full, each process a part of them, and compared with their hashes.
 
     Args:
         resume: `none`; `auto`: the newest complete one of the output folder, if there is any; or a folder.
+        again: this process was started again by its launcher; if any was, the run goes on as with `auto`.
 
     Raises:
         CheckpointError: the one asked for is damaged, or not the last of the output folder; or there are some,
             but none is complete.
     """
+    candidates = on_main(world, lambda: checkpoints(output_dir))
+    if candidates and _any(world, again):
+        resume = "auto"
     if resume == "none":
         return None
     if resume != "auto":
         raise_damaged(Path(resume), _problems_of(Path(resume), world))
         step = load_manifest(Path(resume)).step
-        if later := [folder.name for folder in checkpoints(output_dir) if step_of(folder) > step]:
+        if later := [folder.name for folder in candidates if step_of(folder) > step]:
             raise CheckpointError(
                 f"{output_dir} holds checkpoints after {Path(resume).name} ({', '.join(later)}), which this run would "
                 "replace → resume with auto, or give another --output_dir to branch off."
             )
         return Path(resume)
-    candidates = checkpoints(output_dir)
     for folder in reversed(candidates):
         problems = _problems_of(folder, world)
         if not problems:
@@ -92,6 +97,13 @@ def find(resume: str, output_dir: Path, world: World, log: Callable[[str], None]
             "start afresh, or restore their files."
         )
     return None
+
+
+def _any(world: World, flag: bool) -> bool:
+    votes = torch.tensor(int(flag))
+    if world.size > 1:
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+    return bool(votes)
 
 
 def _problems_of(folder: Path, world: World) -> list[str]:

@@ -30,7 +30,7 @@ from engine.evaluate.whole_model import NoCopy, core_of, gathered
 from engine.model.weights import load_tokenizer
 from engine.observe import journal
 from engine.runtime import activity
-from engine.runtime.distributed import raise_together, wait_for_all
+from engine.runtime.distributed import on_main, wait_for_all
 
 if TYPE_CHECKING:
     from engine.train import Run
@@ -58,17 +58,8 @@ class Sampler(Callback):
             ConfigError, DataError, ModelError: what `sample_prompts` names cannot be spoken, or not be scored.
         """
         activity.current.outside("preparing samples")
-        error, prepared = None, [None]
-        try:
-            if run.world.is_main:
-                with undisturbed(None, run.world.device):
-                    prepared = [self._prepare(run, step)]
-        except Exception as failure:
-            error = failure
-        raise_together(run.world, error)
-        if run.world.size > 1:
-            dist.broadcast_object_list(prepared)
-        self.prompts, self.heard = prepared[0]
+        with undisturbed(None, run.world.device):
+            self.prompts, self.heard = on_main(run.world, lambda: self._prepare(run, step))
         if not self.prompts:
             run.say("note: samples: nothing to say, for no sample has a clip that is trained → give sample_prompts")
         if run.engine.whisper is not None:

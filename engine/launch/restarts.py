@@ -36,6 +36,7 @@ class Restarts:
     ):  # fmt: skip
         self.make_plan, self.env = make_plan, env
         self.script, self.arguments, self.limit, self.latest = script, arguments, limit, latest
+        self._of_an_earlier_run = self._checkpoint()
 
     def run(self) -> int:
         """The exit code of the last attempt."""
@@ -66,7 +67,9 @@ class Restarts:
             records = Path(folder, "records")
             records.mkdir()
             own = {name: value for name, value in self.env.items() if name != RESTART}
-            own |= {FOLDER: str(records)} | ({RESTART: str(number)} if number else {})
+            own[FOLDER] = str(records)
+            if number and (self._of_an_earlier_run is None or self._checkpoint() != self._of_an_earlier_run):
+                own[RESTART] = str(number)
             env = environment(own, plan)
             if plan.by_ssh:
                 file = Path(folder, "environment")

@@ -14,6 +14,7 @@ Higgs Audio v2 runs 2.82 of its 5.77 billion parameters a position: 17.6 GFLOP p
 Counting 6 x 5.77 billion, as trainers that know one FFN a layer do, reports twice the truth.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -21,8 +22,11 @@ from transformers import HiggsAudioV2Config
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-"""Dense bf16 of the datasheets, by a part of the device's name; the first that fits."""
+PEAK_FLOPS = {
+    r"H100 PCIe": 756e12, r"H[12]00 NVL": 835e12, r"H[12]00\b": 989e12, r"\bA100\b": 312e12, r"\bL40S\b": 362e12,
+    r"\bL4$": 121e12, r"\bRTX 4090$": 165e12,
+}  # fmt: skip
+"""Dense bf16, summed in fp32, of the datasheets, by a pattern in the device's name; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -113,4 +117,4 @@ def flops_of_sums(
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU by its name; None for one not in the table, never another's number."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(pattern, device_name)), None)

@@ -2,11 +2,10 @@
 
 import math
 
-import torch.distributed as dist
-
 from engine.callbacks import Callback
 from engine.observe import journal
 from engine.observe.metrics import FILE
+from engine.runtime.distributed import on_main
 
 
 class EarlyStopping(Callback):
@@ -20,11 +19,11 @@ class EarlyStopping(Callback):
         self.best, self.best_step, self.worse = math.inf, 0, 0
 
     def on_start(self, run, step):
-        lines = journal.read(run.output_dir / FILE) if run.world.is_main else []
-        found = [[(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line and line["step"] <= step]]
-        if run.world.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        for at, loss in found[0]:
+        def earlier() -> list[tuple[int, float | None]]:
+            lines = journal.read(run.output_dir / FILE)
+            return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line and line["step"] <= step]
+
+        for at, loss in on_main(run.world, earlier):
             self._count(at, loss)
 
     def _count(self, step: int, loss: float | None) -> None:

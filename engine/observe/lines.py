@@ -27,7 +27,8 @@ def format_step(values: dict, total_steps: int) -> str:
 
 def format_evaluation(values: dict, step: int, total_steps: int) -> str:
     """`step 120/4000 | eval loss 4.9011 | text 2.31 (41%) audio 4.71 (12%) [3.9 4.6 …] eos 0.80 (75%)`"""
-    return _joined([f"step {step}/{total_steps}"], [f"eval loss {values['loss']:.4f}"], _heads(values))
+    loss = "is not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+    return _joined([f"step {step}/{total_steps}"], [f"eval loss {loss}"], _heads(values))
 
 
 def duration(seconds: float) -> str:

@@ -53,7 +53,7 @@ METRICS = (
     Metric("audio_seconds_per_second", "throughput", "s/s", True, "seconds of speech trained on, of all processes"),
     Metric("audio_seconds_per_second_per_gpu", "throughput", "s/s", True, "of one process"),
     Metric("tflops_per_gpu", "throughput", "TFLOP/s", True, "of the model; unknown with train_modules or freeze_llm"),
-    Metric("mfu", "throughput", "share", True, "model FLOPs utilisation: of the dense bf16 peak (H100, H200 only)"),
+    Metric("mfu", "throughput", "share", True, "model FLOPs utilisation: of the dense bf16 peak, where that is known"),
     Metric("hfu", "throughput", "share", True, "the same, layers that the backward computes again counted too"),
     Metric("padding_share", "throughput", "share", False, "of computed positions that belong to no sample"),
     Metric("seconds_per_step", "time", "s", False, "without evaluations, samples and saves"),

@@ -13,10 +13,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from engine.runtime import activity
 
 GRACE_S = 5.0  # after the first failure, the other ranks have this long to add theirs to the same message
 MEETING_PLACE_TIMEOUT = timedelta(minutes=15)  # machines of a cluster seldom start together
+Result = TypeVar("Result")
 LONGEST_PAUSE_S = 1.0  # between two looks at the store; the first looks follow each other much faster
 
 _store: dist.Store | None = None
@@ -201,6 +202,25 @@ def raise_together(world: World, error: BaseException | None) -> None:
         raise merged from error
     error.spokesman = merged.spokesman
     raise error
+
+
+def together(world: World, work: Callable[[], Result]) -> Result:
+    """What `work` returns here; if it fails on any process, all of them raise (`raise_together`)."""
+    error = result = None
+    try:
+        result = work()
+    except Exception as failure:
+        error = failure
+    raise_together(world, error)
+    return result
+
+
+def on_main(world: World, work: Callable[[], Result]) -> Result:
+    """What `work` returns on the main process, which alone does it, on all of them; or what it raises there."""
+    results = [together(world, lambda: work() if world.is_main else None)]
+    if world.size > 1:
+        dist.broadcast_object_list(results)
+    return results[0]
 
 
 def _meet(name: str, error: BaseException | None) -> list[tuple[int, EngineError]]:

@@ -62,6 +62,12 @@ class StopRequests:
             return STOPPED
         return TIME_IS_UP if time.monotonic() > self._deadline else 0
 
+    def nothing_is_left_to_save(self) -> None:
+        """From now on a signal ends this process at once; so does one that came too late for the last vote."""
+        self.response = Response.LEAVE
+        if self.signal is not None:
+            self._leave(self.signal, "leaves; everything is saved", STOPPED)
+
     def hear(self, number: int) -> None:
         """A first signal asks to save and leave, which is at once where there is nothing to save; the same again
         leaves at once, unless it is USR1."""

@@ -18,6 +18,7 @@ from engine.checkpoint.manifest import MANIFEST, SEAL, Manifest, _seal, _text, l
 from engine.checkpoint.saver import Saver
 from engine.errors import CheckpointError
 from engine.runtime.distributed import World
+from tests.processes import run
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -170,6 +171,27 @@ def test_auto_without_checkpoints_starts_afresh(tmp_path):
 
 
 # ---------------------------------------------------------------- refusing
+
+
+IN_ONE_OF_TWO = """
+import sys
+from pathlib import Path
+from engine.checkpoint.lifecycle import find
+from engine.runtime.distributed import init_process_group, shutdown
+world = init_process_group()
+print(find("none", Path(sys.argv[1]), world, print, again=world.rank == 1).name, flush=True)
+shutdown(world)
+"""
+
+
+def test_a_run_that_is_started_again_goes_on_wherever_its_launcher_says_so(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step)
+    assert find("none", tmp_path, WORLD, silent) is None
+    assert find("none", tmp_path, WORLD, silent, again=True) == tmp_path / "checkpoint-2"
+    assert find("none", tmp_path / "absent", WORLD, silent, again=True) is None
+    _, outputs = run(["-c", IN_ONE_OF_TWO, str(tmp_path)], world_size=2, timeout=60)
+    assert [output.split()[-1] for output in outputs] == ["checkpoint-2"] * 2
 
 
 def test_a_resume_that_would_take_other_steps_is_refused(tmp_path):

@@ -179,6 +179,26 @@ def test_pauses_grow_until_an_attempt_has_made_a_checkpoint(tmp_path, monkeypatc
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 1, 1]
 
 
+def test_an_earlier_run_is_not_what_a_restart_goes_on_with(tmp_path, monkeypatch):
+    """The first attempts fail before they can say that the output folder holds another run."""
+    latest, told = tmp_path / "latest", []
+    latest.write_text("checkpoint-9")
+
+    class Failing:
+        def __init__(self, command, env, *more):
+            told.append(env.get(restarts.RESTART))
+
+        def run(self):
+            if len(told) == 2:
+                latest.write_text("checkpoint-1")
+            return FAILED
+
+    monkeypatch.setattr(restarts, "Attempt", Failing)
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.0)
+    restarts.Restarts(Runs(tmp_path).plan, {}, "rank.py", [], 2, latest).run()
+    assert told == [None, None, "2"]
+
+
 def test_machines_stop_together(runs):
     """75 where several machines take part: another one was told to stop, and would not come back."""
     assert runs.run("75", limit=3, processes={"a": 2, "b": 2}, port=9) == STOPPED

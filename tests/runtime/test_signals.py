@@ -89,6 +89,17 @@ def test_where_nothing_is_to_be_saved_a_signal_ends_the_process():
     assert process.returncode == STOPPED and "leaves; there is nothing to save" in errors
 
 
+def test_a_signal_during_the_last_save_ends_the_process_after_it(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(signals.os, "_exit", left.append)
+    stop = StopRequests()
+    stop.response = Response.SAVE
+    stop.hear(signal.SIGTERM)
+    assert left == []
+    stop.nothing_is_left_to_save()
+    assert left == [STOPPED] and "SIGTERM: leaves; everything is saved" in capsys.readouterr().err
+
+
 def test_everything_is_as_before_afterwards():
     before = [signal.getsignal(number) for number in signals.HEARD], signal.set_wakeup_fd(-1)
     with StopRequests().listening():

@@ -18,7 +18,7 @@ from engine.observe.trackers.background import Background
 from engine.observe.trackers.rounds import curves, recordings
 from engine.observe.trackers.tracker import Start
 from engine.runtime import activity
-from engine.runtime.distributed import World, raise_together
+from engine.runtime.distributed import World, together
 
 if TYPE_CHECKING:
     from engine.train import Run
@@ -56,12 +56,7 @@ class Trackers(Callback):
     def on_start(self, run: "Run", step: int) -> None:
         """Starts them, or raises ConfigError, on all processes."""
         activity.current.outside("start of trackers")
-        error = None
-        try:
-            self._start(run, step)
-        except Exception as failure:
-            error = failure
-        raise_together(run.world, error)
+        together(run.world, lambda: self._start(run, step))
 
     def _start(self, run: "Run", step: int) -> None:
         known, failures = _known(run.output_dir) if step else {}, []
