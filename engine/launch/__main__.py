@@ -27,11 +27,12 @@ def main(argv: Sequence[str]) -> int:
 def _launch(script: str, arguments: list[str], env: Mapping[str, str]) -> int:
     from engine.cli import main as engine
 
-    command = arguments[0] if arguments[:1] and arguments[0] in OTHER_COMMANDS else "train"
+    first = arguments[0] if arguments else "demo"
+    command = first if first in ("demo", *OTHER_COMMANDS) else "train"
     if {"-h", "--help"} & set(arguments):
         return engine([command, "--help"])
     machine = Machine.here(env)
-    if arguments[:1] in ([], ["demo"]):
+    if command == "demo":
         if not machine.gpus:
             os.environ.update(WITHOUT_GPU)
         return engine(["demo", *arguments[1:]])

@@ -111,7 +111,8 @@ def test_two_agents_that_number_themselves(tree, tmp_path):
 def test_demo_and_help_need_no_launcher(tree, tmp_path):
     script = tree / "launch/train.sh"
     commands = [([], ["demo"]), (["demo", "a b"], ["demo", "a b"]), (["--config", "x", "--help"], ["train", "--help"])]
-    for arguments, command in [*commands, (["prepare", "-h"], ["prepare", "--help"]), (["-h"], ["train", "--help"])]:
+    helped = [([name, "-h"], [name, "--help"]) for name in ("prepare", "demo")]
+    for arguments, command in [*commands, *helped, (["-h"], ["train", "--help"])]:
         result = run(["bash", script, *arguments], tmp_path)
         assert told(result.stdout)[0]["arguments"] == command
     assert "NPROC" in result.stdout
