@@ -186,4 +186,4 @@ def test_a_checkpoint_that_names_a_folder_elsewhere_is_refused(made, tmp_path):
 
 def test_help_says_that_our_own_backends_need_none_of_it():
     said = command("convert-checkpoint", "--help")
-    assert said.code == 0 and "between our own backends nothing has to be converted" in said.out
+    assert said.code == 0 and "Between our own backends nothing has to be converted" in said.out
