@@ -100,6 +100,8 @@ def generate(request: Request) -> bool:
         raise ConfigError("nothing can be generated", problems)
     if request.input is not None:
         require_free(request.out)
+    root = request.out.parent if request.input is None else request.out
+    root.mkdir(parents=True, exist_ok=True)  # fails now, not once everything is loaded
     device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     transformers_log.disable_progress_bar()
     codec = Codec.load(codec_path, device)
@@ -107,7 +109,6 @@ def generate(request: Request) -> bool:
     scorer = Scorer(request.asr_model_path, request.speaker_model_path, device)
     model = found.load(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     how = generation_config(found.side_files, model.config, request.temperature)
-    root = request.out.parent if request.input is None else request.out
     studio = Studio(model, how, codec, scorer, root, request.max_seconds, request.seed)
     with torch.no_grad():
         return _one(request, studio, prompts[0]) if request.input is None else _all(request, studio, prompts)
@@ -143,7 +144,6 @@ def _one(request: Request, studio: Studio, prompt: SpeechPrompt) -> bool:
 
 def _all(request: Request, studio: Studio, prompts: list[SpeechPrompt]) -> bool:
     root, lines = request.out, []
-    root.mkdir(parents=True, exist_ok=True)
     with (root / FILE).open("w", encoding="utf-8") as stream:
         for i, prompt in enumerate(tqdm(prompts, desc="speak", unit="row", disable=not sys.stderr.isatty())):
             lines.append(studio.record(0, i, prompt, _heard(i, prompt, studio), f"{i:02d}.wav"))

@@ -236,6 +236,9 @@ def test_mistakes_come_together(demo, tmp_path):
     options = {"model_path": demo.model_path, "audio_tokenizer_path": demo.audio_tokenizer_path}
     lost = command("generate", **options, text="A", reference=tmp_path / "no.wav", out=tmp_path / "a.wav")
     assert lost.code == 2 and "no such file" in lost.errors
+    (tmp_path / "full").write_text("a file where a folder has to be")
+    unwritable = command("generate", **options, text="A", out=tmp_path / "full/a.wav")
+    assert unwritable.code == 2 and f"{tmp_path}/full: File exists → look whether" in unwritable.errors
 
 
 def test_a_folder_that_is_no_model(tmp_path):
