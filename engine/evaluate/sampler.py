@@ -28,7 +28,7 @@ from engine.evaluate.samples import FILE, Heard, Studio, blank, in_short, in_wor
 from engine.evaluate.scores import Scorer
 from engine.evaluate.whole_model import NoCopy, core_of, gathered
 from engine.model.weights import load_tokenizer
-from engine.observe import journal
+from engine.observe.journal import Journal, forget_after
 from engine.runtime import activity
 from engine.runtime.distributed import on_main, wait_for_all
 
@@ -58,6 +58,7 @@ class Sampler(Callback):
             ConfigError, DataError, ModelError: what `sample_prompts` names cannot be spoken, or not be scored.
         """
         activity.current.outside("preparing samples")
+        self.journal = Journal(run.output_dir / FOLDER / FILE, run.say)
         with undisturbed(None, run.world.device):
             self.prompts, self.heard = on_main(run.world, lambda: self._prepare(run, step))
         if not self.prompts:
@@ -72,7 +73,7 @@ class Sampler(Callback):
             raise ConfigError("the settings cannot be used", [line])
         Scorer(settings.asr_model_path, settings.speaker_model_path, run.world.device)  # wrong folders are told now
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
-        journal.forget_after(root / FOLDER / FILE, step)
+        forget_after(root / FOLDER / FILE, step)
         codec = cache(lambda: Codec.load(settings.audio_tokenizer_path, run.world.device))
         tokenize, stream = PromptTokenizer(load_tokenizer(settings.model_path)), stream_of(run.engine.config)
         held_out = run.data.held_out and run.data.held_out.data
@@ -151,10 +152,7 @@ class Sampler(Callback):
             which = ", ".join(str(line["prompt"]) for line in lines if line["error"] == why)
             run.say(f"note: sample(s) {which} of step {step}: {why}")
         if run.world.is_main:
-            try:
-                journal.add(run.output_dir / FOLDER / FILE, lines)
-            except OSError as error:
-                run.say(f"note: {FOLDER}/{FILE} could not be written: {error}")
+            self.journal.add(lines)
 
 
 def _gathered(lines: list[dict], processes: int) -> list[dict]:

@@ -41,7 +41,7 @@ class Health:
     ):
         self.settings, self.engine, self.data, self.share_of, self.say = settings, engine, data, share_of, say
         file = Path(settings.output_dir) / FILE if engine.world.is_main else None
-        self.skipped = SkippedSteps(settings.max_skipped_steps, file, resumed_step)
+        self.skipped = SkippedSteps(settings.max_skipped_steps, file, resumed_step, say)
         sizes = Sizes(engine.config.vocab_size, engine.config.codebook_size, engine.config.num_codebooks)
         self.alarms = Alarms(sizes, settings.warmup_steps, repeats=settings.data_weights is not None)
 

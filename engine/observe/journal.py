@@ -6,7 +6,7 @@ parsed. A resumed run forgets what came after the step that it goes on from.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from engine.checkpoint.manifest import write_atomically
@@ -37,6 +37,27 @@ def add(file: Path, lines: Iterable[dict]) -> None:
             stream.seek(-1, os.SEEK_END)
             text = text if stream.read() == b"\n" else "\n" + text
         stream.write(text.encode())
+
+
+class Journal:
+    """What a run adds to a file while it goes on; what a full disk does not take is written with the next lines.
+
+    Args:
+        say: prints that some could not be written.
+    """
+
+    def __init__(self, file: Path, say: Callable[[str], None]):
+        self.file, self._say = file, say
+        self._waiting: list[dict] = []
+
+    def add(self, lines: Iterable[dict]) -> None:
+        self._waiting += lines
+        try:
+            add(self.file, self._waiting)
+        except OSError as error:
+            self._say(f"note: {self.file.name} could not be written, its lines wait for the next ones: {error}")
+        else:
+            self._waiting = []
 
 
 def forget_after(file: Path, step: int) -> None:

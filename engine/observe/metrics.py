@@ -18,7 +18,7 @@ from engine.config import Settings
 from engine.data.encoder import FRAMES_PER_SECOND
 from engine.higgs_engine import StepResult, Targets
 from engine.model.flops import active_adapters, flops_of_sums, peak_flops
-from engine.observe import journal
+from engine.observe.journal import Journal, forget_after
 from engine.runtime.distributed import World
 from engine.step_size import StepSize, total
 
@@ -199,29 +199,21 @@ FILE = "metrics.jsonl"
 class MetricsFile(Callback):
     """One JSON object a line, of a logged step or of an evaluation, written by the main process.
 
-    Resuming drops the lines after the step resumed from. What a full disk does not take is written with the next line.
+    Resuming drops the lines after the step resumed from.
     """
 
     def on_start(self, run, step):
-        self._waiting: list[dict] = []
-        self.file = run.output_dir / FILE if run.world.is_main else None
-        if self.file is not None:
-            journal.forget_after(self.file, step)
+        self.journal = Journal(run.output_dir / FILE, run.say) if run.world.is_main else None
+        if self.journal:
+            forget_after(self.journal.file, step)
 
     def on_log(self, run, step, values):
-        self._write(run, values)
+        self._write(values)
 
     def on_evaluate(self, run, step, values):
         plain = ("step", "alarm")
-        self._write(run, {name if name in plain else f"eval_{name}": value for name, value in values.items()})
+        self._write({name if name in plain else f"eval_{name}": value for name, value in values.items()})
 
-    def _write(self, run, values: dict) -> None:
-        if self.file is None:
-            return
-        self._waiting.append(values)
-        try:
-            journal.add(self.file, self._waiting)
-        except OSError as error:
-            run.say(f"note: {FILE} could not be written, its lines wait for the next one: {error}")
-        else:
-            self._waiting = []
+    def _write(self, values: dict) -> None:
+        if self.journal:
+            self.journal.add([values])

@@ -4,6 +4,7 @@ Verdicts stay on the device until a logged step, where all processes read them; 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from engine.data.batches import Step
 from engine.data.dataset import Dataset
 from engine.errors import Diverged
 from engine.higgs_engine import StepResult
-from engine.observe import journal
+from engine.observe.journal import Journal, forget_after
 
 FILE = "skipped_steps.jsonl"
 SEARCHES = 3
@@ -58,17 +59,18 @@ class SkippedSteps:
     Args:
         most: skipped steps in a row after which the run ends.
         file: where the main process writes; None on the others. Lines after `resumed_step` go.
+        say: prints that it cannot.
     """
 
-    def __init__(self, most: int, file: Path | None, resumed_step: int = 0):
-        self.most, self.file = most, file
+    def __init__(self, most: int, file: Path | None, resumed_step: int = 0, say: Callable[[str], None] = print):
+        self.most, self.journal = most, file and Journal(file, say)
         self.searches_left = SEARCHES
         self._row = self._longest = 0
         self._last: Skipped | None = None
         self._steps: list[tuple[Step, float]] = []
         self._verdicts: list[torch.Tensor] = []
         if file is not None and file.exists():
-            journal.forget_after(file, resumed_step)
+            forget_after(file, resumed_step)
 
     def add(self, step: Step, learning_rate: float, result: StepResult) -> None:
         self._steps.append((step, learning_rate))
@@ -95,8 +97,8 @@ class SkippedSteps:
         return True
 
     def write(self, records: list[dict]) -> None:
-        if self.file is not None and records:
-            journal.add(self.file, records)
+        if self.journal and records:
+            self.journal.add(records)
 
     def require_progress(self, last_good: float | None) -> None:
         """Raises Diverged, the same on all processes, if there were too many in a row.

@@ -194,7 +194,7 @@ def test_trackers_are_told_every_number_under_its_group():
 
 
 def run_in(folder) -> SimpleNamespace:
-    return SimpleNamespace(output_dir=folder, world=WORLD)
+    return SimpleNamespace(output_dir=folder, world=WORLD, say=print)
 
 
 def test_a_full_disk_loses_no_line_and_ends_no_run(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_full_disk_loses_no_line_and_ends_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(journal, "add", full)
     lines.on_log(run, 1, {"step": 1, "loss": 2.0})
-    assert len(said) == 1 and "metrics.jsonl could not be written" in said[0] and "No space" in said[0]
+    assert len(said) == 1 and "metrics.jsonl could not be written, its lines wait" in said[0] and "No space" in said[0]
     monkeypatch.setattr(journal, "add", really)
     lines.on_evaluate(run, 1, {"step": 1, "loss": 3.0})
     lines.on_log(run, 2, {"step": 2})
