@@ -13,6 +13,8 @@ from engine.launch.restarts import Restarts
 
 OTHER_COMMANDS = ("prepare", "evaluate", "doctor")
 """First words that make the ranks do this instead of training."""
+WATCHDOGS_FIRST_S = 60.0
+"""Ranks that are not stopped see that one hangs, and know more about it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,8 +48,11 @@ def _launch(script: str, arguments: list[str], env: Mapping[str, str]) -> int:
     if plan.launcher == "none":
         # this very process, so that a debugger has the terminal
         os.execve(plan.command[0], [*plan.command, script, *given], environment(env, plan))
-    limit, latest = (settings.max_restarts, Path(settings.output_dir, "latest")) if settings else (0, None)
-    return Restarts(lambda: make_plan(env, machine), env, script, given, limit, latest).run()
+    limit, latest, patience = 0, None, None
+    if settings:
+        limit, latest = settings.max_restarts, Path(settings.output_dir, "latest")
+        patience = settings.timeout_s + WATCHDOGS_FIRST_S
+    return Restarts(lambda: make_plan(env, machine), env, script, given, limit, latest, patience).run()
 
 
 def _checked(env: Mapping[str, str], machine: Machine, arguments: list[str] | None) -> tuple[LaunchPlan, object]:

@@ -15,6 +15,7 @@ from engine.launch.signals import Signals
 from engine.runtime.activity import read_records
 
 LOOK_S = 0.1
+LOOK_AT_STATES_S = 5.0
 JUST_ENDING_S = 5.0
 """What is left this long after the launcher has ended is no longer just ending."""
 
@@ -27,6 +28,7 @@ class Attempt:
         env: what it runs in; HIGGS_ENGINE_RECORDS is among it.
         records: the folder that this names, empty.
         expected: ranks of this machine; None: not known.
+        patience: seconds that a rank may be stopped (SIGSTOP); None: for ever.
     """
 
     command: Sequence[str]
@@ -34,10 +36,14 @@ class Attempt:
     records: Path
     expected: int | None
     signals: Signals
+    patience: float | None = None
     ended: dict[int, float] = field(default_factory=dict)
     """Rank -> when it ended, by time.time()."""
     _watched: dict[int, int] = field(default_factory=dict)
     """Process -> rank."""
+    _stopped: dict[int, float] = field(default_factory=dict)
+    """Process -> seconds that it has been stopped."""
+    _states_seen: float = field(default_factory=time.monotonic)
 
     def run(self) -> int:
         """Starts it, hands signals on, waits for the last process; the exit code of the run."""
@@ -54,6 +60,7 @@ class Attempt:
                 insisted = self.signals.insisted
                 self._insist(launcher, insisted)
             self._look(endings)
+            self._end_stopped()
         self._clear_up(endings)
         return self._judge(launcher.returncode)
 
@@ -81,6 +88,20 @@ class Attempt:
         if gone:  # the first to end may have begun and ended within this look
             gone += self._watch(endings) + endings.wait(0)
         self.ended |= dict.fromkeys((self._watched[pid] for pid in gone), time.time())
+
+    def _end_stopped(self) -> None:
+        """A hung run is ended by the watchdogs of its ranks, and one that is stopped has none: if all are, nobody
+        would. What this process has not seen itself, while it was stopped too, does not count."""
+        passed = time.monotonic() - self._states_seen
+        if self.patience is None or passed < LOOK_AT_STATES_S:
+            return
+        self._states_seen += passed
+        stopped = [pid for pid in self._watched if processes.is_stopped(pid)]
+        self._stopped = {pid: self._stopped.get(pid, 0.0) + min(passed, 2 * LOOK_AT_STATES_S) for pid in stopped}
+        for pid, seconds in self._stopped.items():
+            if seconds > self.patience:
+                say(f"rank {self._watched[pid]} (process {pid}) has been stopped for {seconds:.0f} s: kills it")
+                processes.kill(pid)
 
     def _watch(self, endings: processes.Endings) -> list[int]:
         """Watches the ranks that are new; those among them that have ended already."""

@@ -4,6 +4,7 @@ Not by their parents: torchrun gives each rank a session of its own, what ssh st
 launcher that was killed leaves its ranks to nobody.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -100,6 +101,20 @@ def _is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
+
+
+def is_stopped(pid: int) -> bool:
+    """By a signal; not by a debugger."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(pid: int) -> None:
+    """With -9, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def tell(processes: Iterable[psutil.Process], number: int) -> int:

@@ -28,14 +28,16 @@ class Restarts:
         script, arguments: what the ranks run.
         limit: restarts that are allowed.
         latest: file whose content changes with each checkpoint; None: there are none.
+        patience: of an attempt with ranks that are stopped.
     """
 
     def __init__(
         self, make_plan: Callable[[], LaunchPlan], env: Mapping[str, str], script: str, arguments: Sequence[str],
-        limit: int, latest: Path | None = None,
+        limit: int, latest: Path | None = None, patience: float | None = None,
     ):  # fmt: skip
         self.make_plan, self.env = make_plan, env
         self.script, self.arguments, self.limit, self.latest = script, arguments, limit, latest
+        self.patience = patience
         self._of_an_earlier_run = self._checkpoint()
 
     def run(self) -> int:
@@ -77,7 +79,7 @@ class Restarts:
                 forwarding.write_file(file, forwarding.forwarded(own), lines)
                 env["DS_ENV_FILE"] = str(file)
             command = full_command(plan, self.script, self.arguments)
-            return Attempt(command, env, records, plan.here, signals).run()
+            return Attempt(command, env, records, plan.here, signals, self.patience).run()
 
     def _pause(self, seconds: float, place: OldMeetingPlace | None, signals: Signals) -> bool:
         """Waits, also for the end of the attempt on the first machine; False: a signal came."""

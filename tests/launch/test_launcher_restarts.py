@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from engine.exit_codes import DIVERGED, DONE, FAILED, HUNG, MISTAKE, STOPPED, TIME_IS_UP
-from engine.launch import processes, restarts, verdict
+from engine.launch import attempt, processes, restarts, verdict
 from engine.launch.attempt import Attempt
 from engine.launch.meeting import OldMeetingPlace
 from engine.launch.plan import LaunchPlan
@@ -87,11 +87,14 @@ class Runs:
         known = dict(launcher="torchrun", processes={"here": 2}, fewest=None, node=0, by_ssh=False, host="localhost")
         return LaunchPlan(**known | {"port": 1, "command": command} | changes)
 
-    def run(self, *scripts: str, limit: int = 0, kind: str = "careful", after=None, **changes) -> int:
+    def run(
+        self, *scripts: str, limit: int = 0, kind: str = "careful", after=None, patience: float | None = None, **changes
+    ) -> int:  # fmt: skip
         """The exit code of a run whose ranks follow `scripts`, one for each start; `after` is called meanwhile."""
         env = environment(PYTHONPATH=str(ROOT))
         arguments = [str(self.told), kind, *scripts]
-        run = restarts.Restarts(lambda: self.plan(**changes), env, str(self.folder / "rank.py"), arguments, limit)
+        script = str(self.folder / "rank.py")
+        run = restarts.Restarts(lambda: self.plan(**changes), env, script, arguments, limit, None, patience)
         thread = threading.Thread(target=after) if after else None
         if thread:
             thread.start()
@@ -256,6 +259,18 @@ def test_who_insists_after_usr1_repeats_what_ranks_leave_upon(runs, capfd):
 
     assert runs.run("143", limit=3, after=insist) == 128 + signal.SIGTERM
     assert "behind" not in capfd.readouterr().err  # they left by themselves
+
+
+def test_a_run_whose_ranks_are_all_stopped_is_started_again(runs, monkeypatch, capfd):
+    monkeypatch.setattr(attempt, "LOOK_AT_STATES_S", 0.1)
+
+    def stop():
+        for line in runs.lines(2):
+            os.kill(int(line[2]), signal.SIGSTOP)
+
+    assert runs.run("deaf", "0", limit=1, after=stop, patience=0.4) == DONE
+    assert runs.starts == 2
+    assert re.search(r"rank [01] \(process \d+\) has been stopped for [01] s: kills it", capfd.readouterr().err)
 
 
 def test_usr1_again_is_no_insisting():
