@@ -96,7 +96,7 @@ class Attempt:
         if self.patience is None or passed < LOOK_AT_STATES_S:
             return
         self._states_seen += passed
-        stopped = [pid for pid in self._watched if processes.is_stopped(pid)]
+        stopped = [pid for pid in self._watched if processes.is_stopped(pid, self.records)]
         self._stopped = {pid: self._stopped.get(pid, 0.0) + min(passed, 2 * LOOK_AT_STATES_S) for pid in stopped}
         for pid, seconds in self._stopped.items():
             if seconds > self.patience:

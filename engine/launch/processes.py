@@ -103,10 +103,11 @@ def _is_gone(pid: int) -> bool:
         return True
 
 
-def is_stopped(pid: int) -> bool:
-    """By a signal; not by a debugger."""
+def is_stopped(pid: int, records: Path) -> bool:
+    """Whether it is of the run, and was stopped by a signal; not by a debugger."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+        process = psutil.Process(pid)
+        return process.status() == psutil.STATUS_STOPPED and _belongs(process, records)
     except psutil.NoSuchProcess:
         return False
 
