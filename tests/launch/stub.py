@@ -25,7 +25,8 @@ def parse(arguments):
     if "--wrong" in arguments:
         raise ConfigError("the settings cannot be used", ["wrong: is wrong → leave it out"])
     at = arguments.index("--max_restarts") + 1 if "--max_restarts" in arguments else 0
-    return SimpleNamespace(max_restarts=int(arguments[at]) if at else 0, resume="none", output_dir="out")
+    restarts = int(arguments[at]) if at else 0
+    return SimpleNamespace(max_restarts=restarts, resume="none", output_dir="out", timeout_s=1800)
 """
 
 # One write to stdout per process: lines of two ranks do not mix.
