@@ -16,6 +16,7 @@ from engine.runtime.activity import read_records
 
 LOOK_S = 0.1
 LOOK_AT_STATES_S = 5.0
+"""Between two looks at which ranks are stopped."""
 JUST_ENDING_S = 5.0
 """What is left this long after the launcher has ended is no longer just ending."""
 
